@@ -1,0 +1,1 @@
+"""The SQL store: the truth about workflows, jobs, attempts and metrics. sqlalchemy and alembic alone."""

@@ -1,0 +1,1 @@
+"""What is being compared. Importing this package does not import torch."""

@@ -1,0 +1,228 @@
+"""The axes a method chooses on, their values, presets, and what composes with what.
+
+A method changes one of a few independent things about a decoder's past. Each is an axis; a value of
+an axis is a named class with its own parameters; a method is a choice on every axis. Nothing in
+here imports torch, so `validate` and `plan` stay instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, Literal
+
+from kvlab import KvlabError
+
+if TYPE_CHECKING:
+    from kvlab.methods.decoder.config import DecoderConfig
+
+AxisName = Literal["sharing", "granularity", "eviction", "budget", "precision"]
+AXES: tuple[AxisName, ...] = ("sharing", "granularity", "eviction", "budget", "precision")
+TRAIN_TIME: frozenset[AxisName] = frozenset({"sharing", "granularity"})
+"""Axes that shape the weights; the others are chosen where a model is used (`apply:`)."""
+
+ENTRY_POINTS = "kvlab.methods"
+
+
+class MethodError(KvlabError):
+    """A method that does not exist, has no such parameter, or does not compose."""
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The values a parameter may take: validation and search spaces are both read from it."""
+
+    low: float
+    high: float
+    log: bool = False
+    step: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One choice on an axis, as registered.
+
+    Attributes:
+        axis: the axis it is a value of.
+        name: unique over all axes and presets; what a YAML says.
+        summary: one line for `kvlab methods`.
+        params: a frozen dataclass; every field has a default, an annotation and, where it is a
+            number, a `Range`.
+        implementation: "package.module:attribute", imported where torch may be imported.
+        cost: "package.module" whose functions predict this value's cost without torch.
+        paper: arXiv identifier.
+        default: what the axis is when a method does not choose on it.
+        check: (params, config) -> problems, for what a field's range cannot say; config may be None.
+        sources: packages whose files decide the result (part of a job's identity).
+    """
+
+    axis: AxisName
+    name: str
+    summary: str
+    params: type
+    implementation: str
+    cost: str | None = None
+    paper: str | None = None
+    default: bool = False
+    check: Callable[[Any, DecoderConfig | None], Iterable[str]] | None = None
+    sources: tuple[str, ...] = ()
+
+    def load(self) -> Any:
+        """Import and return the implementation."""
+        module, _, attribute = self.implementation.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A named method: values chosen on several axes at once."""
+
+    name: str
+    summary: str
+    values: Mapping[str, Mapping[str, Any]]
+    paper: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One value with its parameters."""
+
+    value: Value
+    params: Any
+
+    def to_dict(self) -> dict[str, Any]:
+        return {self.value.name: asdict(self.params)}
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A choice on every axis. Axes not chosen have their default value."""
+
+    label: str
+    choices: Mapping[AxisName, Choice] = field(default_factory=dict)
+
+    def __getitem__(self, axis: AxisName) -> Choice:
+        return self.choices[axis]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The canonical form that identities hash: non-default choices with every parameter."""
+        return {
+            axis: choice.to_dict()
+            for axis, choice in sorted(self.choices.items())
+            if not choice.value.default or choice.params != choice.value.params()
+        }
+
+
+class Registry:
+    """Every value and preset that is known: ours, then those of installed entry points."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, Value] = {}
+        self._presets: dict[str, Preset] = {}
+        self._loaded = False
+
+    def add(self, entry: Value | Preset) -> None:
+        """Register; a name may be taken once."""
+        if entry.name in self._values or entry.name in self._presets:
+            raise MethodError(f"method name '{entry.name}' is taken")
+        if isinstance(entry, Preset):
+            self._presets[entry.name] = entry
+            return
+        if not is_dataclass(entry.params) or any(
+            f.default is MISSING and f.default_factory is MISSING for f in fields(entry.params)
+        ):
+            raise MethodError(f"method '{entry.name}': params must be a dataclass of defaults")
+        self._values[entry.name] = entry
+
+    def values(self, axis: AxisName | None = None) -> list[Value]:
+        self._load()
+        return [v for v in self._values.values() if axis in (None, v.axis)]
+
+    def presets(self) -> list[Preset]:
+        self._load()
+        return list(self._presets.values())
+
+    def names(self) -> list[str]:
+        self._load()
+        return sorted({*self._values, *self._presets})
+
+    def find(self, name: str) -> Value | Preset:
+        """Return the entry called `name`; raise a MethodError that suggests the nearest names."""
+        self._load()
+        entry = self._values.get(name) or self._presets.get(name)
+        if entry is None:
+            close = get_close_matches(name, self.names(), n=1)
+            hint = f"did you mean '{close[0]}'? " if close else ""
+            raise MethodError(f"unknown method '{name}': {hint}known: {', '.join(self.names())}")
+        return entry
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True
+        from importlib.metadata import entry_points
+
+        from kvlab.methods import catalog
+
+        for entry in catalog.ENTRIES:
+            self.add(entry)
+        for point in entry_points(group=ENTRY_POINTS):
+            for entry in point.load():
+                self.add(entry)
+
+
+REGISTRY = Registry()
+
+
+def resolve(
+    written: str | Mapping[str, Any],
+    *,
+    build: Callable[[type, Mapping[str, Any]], Any] | None = None,
+) -> Method:
+    """Turn what a YAML says into a Method.
+
+    Args:
+        written: `full_attention`, or `{block_transformer: {block_length: 4}, int8: {}}`: names of
+            presets and values, each with its parameters (a null is an empty mapping).
+        build: how a params class is made from a mapping; the platform passes a validating one.
+
+    Raises:
+        MethodError: an unknown name, two choices on one axis, or a combination that is refused.
+    """
+    make = build or (lambda cls, mapping: cls(**mapping))
+    items = {written: {}} if isinstance(written, str) else dict(written)
+    chosen: dict[AxisName, Choice] = {}
+    for name, raw in items.items():
+        entry = REGISTRY.find(name)
+        if isinstance(entry, Preset):
+            own: dict[str, dict[str, Any]] = {n: dict(p) for n, p in entry.values.items()}
+            for key, value in (raw or {}).items():
+                holder = [n for n in own if key in {f.name for f in fields(_params(n))}]
+                if len(holder) != 1:
+                    raise MethodError(f"preset '{name}' has no single parameter '{key}'")
+                own[holder[0]][key] = value
+        else:
+            own = {name: dict(raw or {})}
+        for value_name, parameters in own.items():
+            value = REGISTRY.find(value_name)
+            if not isinstance(value, Value):
+                raise MethodError(f"preset '{name}' names '{value_name}', which is no axis value")
+            if value.axis in chosen:
+                other = chosen[value.axis].value.name
+                raise MethodError(f"'{value_name}' and '{other}' both choose the {value.axis} axis")
+            chosen[value.axis] = Choice(value, make(value.params, parameters))
+    label = written if isinstance(written, str) else "+".join(items) or "full_attention"
+    for axis in AXES:
+        if axis not in chosen:
+            default = next((v for v in REGISTRY.values(axis) if v.default), None)
+            if default is not None:
+                chosen[axis] = Choice(default, default.params())
+    return Method(label, chosen)
+
+
+def _params(name: str) -> type:
+    entry = REGISTRY.find(name)
+    assert isinstance(entry, Value)
+    return entry.params

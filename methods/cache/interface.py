@@ -1,0 +1,96 @@
+"""The seam between the decoder and whatever keeps its past."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kvlab.kernels.attention import CAUSAL, Rule
+
+
+class Step(NamedTuple):
+    """One forward pass as the decoder was called: what each query row is.
+
+    ids [B, T] (None where the rows are embeddings: block granularity), positions [B, T] (EMPTY on
+    padding). `positions` None states packed rows 0..T-1 without padding.
+    """
+
+    ids: Tensor | None
+    positions: Tensor | None
+
+
+class Extra(NamedTuple):
+    """Query rows a cache adds to a step (ADORE's rebuild): they run beside the caller's rows.
+
+    ids [B, R], positions [B, R] (EMPTY where a sample needs fewer), persist [B, R] bool: whether the
+    row's keys and values stay in the cache after the step.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    persist: Tensor
+
+
+class Keys(NamedTuple):
+    """What a layer's queries may read.
+
+    k [B, H_kv, S, D], v [B, H_kv, S, D_v]; positions [B, S] or [B, H_kv, S], EMPTY on empty rows, or
+    None where the rows are exactly this step's, in order (see `attend`). Rows may be in any order
+    and S may differ from layer to layer.
+    """
+
+    k: Tensor
+    v: Tensor
+    positions: Tensor | None
+
+
+class Cache(ABC):
+    """A decoder's past. One instance serves one batch of sequences from prefill to the last token.
+
+    The decoder calls, in this order for every forward pass: `plan` once; for each layer `write` (KV
+    layers only), `read`, `observe`; then `finish` once. The cache owns its storages and decides
+    what stays; the decoder owns the maths. A cache never changes what `read` returned before
+    `finish`. Not thread safe.
+
+    Attributes:
+        rotates: true when keys are kept un-rotated: the decoder then rotates what `read` returned
+            by `rotary_positions` instead of rotating before `write` (positions inside the cache).
+        wants_key_mass: true when `observe` needs each key's attention mass.
+    """
+
+    rotates: bool = False
+    wants_key_mass: bool = False
+
+    def plan(self, step: Step) -> Extra | None:
+        """Return query rows to run beside the caller's, or None."""
+        return None
+
+    @abstractmethod
+    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor | None) -> None:
+        """Offer this step's keys and values [B, H_kv, T, D] of KV layer `layer`."""
+
+    @abstractmethod
+    def read(self, layer: int) -> Keys:
+        """Return what queries may read of KV layer `layer`: this step's rows included."""
+
+    def rule(self, layer: int) -> Rule:
+        """The mask rule of decoder layer `layer` under this cache."""
+        return CAUSAL
+
+    def rotary_positions(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions to rotate (queries [B, T], keys [B, S]) by; only when `rotates`."""
+        raise NotImplementedError
+
+    def observe(
+        self, layer: int, before: Tensor, after: Tensor, key_mass: Tensor | None
+    ) -> None:
+        """See the residual stream [B, T, W] around a layer's attention, and its key mass [B, H, S]."""
+
+    def finish(self) -> None:
+        """End the pass: keep, evict, free."""
+
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of the live storages (`untyped_storage().nbytes()`), tables included."""

@@ -1,0 +1,93 @@
+"""What every model under comparison can do, whatever its method: the contract of the jobs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from kvlab.methods.axis import Method
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How well a model predicted the tokens of a batch.
+
+    Attributes:
+        nll: [B, T] float32, minus the log probability of token t given its past; 0 where not scored.
+        scored: [B, T] bool, the tokens that this model predicts (never padding, never the first).
+    """
+
+    nll: Tensor
+    scored: Tensor
+
+
+class Session(ABC):
+    """A batch of sequences in the middle of generation: it owns the live cache.
+
+    `logits` always holds the distribution of the next token of every sequence, [B, V].
+    """
+
+    logits: Tensor
+
+    @abstractmethod
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append tokens [B] to every sequence, return and keep the next logits [B, V]."""
+
+    @abstractmethod
+    def kv_bytes(self) -> int:
+        """Bytes of the storages the live cache holds now (`untyped_storage().nbytes()`)."""
+
+    @abstractmethod
+    def kv_tokens(self) -> int:
+        """Tokens that those bytes stand for: sequences x tokens seen so far, padding excluded."""
+
+
+class LanguageModel(nn.Module, ABC):
+    """A decoder with a method's train-time axes applied."""
+
+    method: Method
+
+    @abstractmethod
+    def forward(self, ids: Tensor, valid: Tensor | None = None) -> Score:
+        """Score a batch in one parallel pass; the mean of `nll[scored]` is the training loss.
+
+        Args:
+            ids: [B, T] token ids.
+            valid: [B, T] bool; None states that there is no padding. Padding is never scored.
+        """
+
+    @abstractmethod
+    def start(
+        self,
+        ids: Tensor,
+        valid: Tensor | None = None,
+        *,
+        new_tokens: int,
+        apply: Method | None = None,
+    ) -> Session:
+        """Prefill prompts and return the session whose logits are those of the next token.
+
+        Args:
+            ids: [B, T] prompts, LEFT-padded where lengths differ.
+            valid: [B, T] bool, false on padding; None where there is none.
+            new_tokens: how many tokens the session will be given at most (sizes the cache).
+            apply: run-time axes (eviction, budget, precision); None is the full cache.
+        """
+
+    @abstractmethod
+    def body_parameters(self) -> int:
+        """Parameters outside the vocabulary tables (embeddings and head)."""
+
+    def save(self, folder: Path) -> None:
+        """Write `model.safetensors` and `model.json` (config + method) into an existing folder."""
+        from kvlab.methods.store import save
+
+        save(self, folder)
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """The JSON that `kvlab.methods.store.load` rebuilds this model from."""

@@ -1,0 +1,97 @@
+"""The contract of a job kind. A kind is a folder here: settings.py (light) and run.py (the work)."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from kvlab.platform.graph import Resources
+
+if TYPE_CHECKING:
+    from kvlab.platform.jobs.context import Context
+
+
+class Settings(BaseModel):
+    """What a user writes under a kind's key. Subclasses are the YAML's schema."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a job will cost and what its model holds, before it runs. None: does not apply."""
+
+    parameters: int | None = None
+    body_parameters: int | None = None
+    flops: float | None = None
+    kv_bytes_per_token: float | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """A referenced cell as a child sees it when it is resolved: its kind, spec and own parents."""
+
+    name: str
+    kind: str
+    spec: Mapping[str, Any]
+    parents: Mapping[str, Parent]
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What resolving a cell may look at besides its own settings."""
+
+    seed: int | None
+    model: Mapping[str, Any]
+    data: Mapping[str, Any]
+    parents: Mapping[str, Parent]
+    siblings: Mapping[str, tuple[Parent, ...]] = field(default_factory=dict)
+    """role -> every parent that the whole YAML job refers to in that role, over all its cells."""
+
+
+class Kind(ABC):
+    """One kind of job. Stateless; one instance is shared.
+
+    Attributes:
+        name: the YAML key. settings: the pydantic model of what stands under it.
+        references: settings field -> "one" or "many": fields that name other jobs. A cell has exactly one
+            parent per role ("many" is crossed into one cell per parent).
+        measured: identity includes device, thread count and driver (benchmarks).
+        produces_model: its artifact folder can be loaded by `kvlab.methods.store.load`.
+    """
+
+    name: ClassVar[str]
+    settings: ClassVar[type[Settings]]
+    references: ClassVar[Mapping[str, Literal["one", "many"]]] = {}
+    needs_data: ClassVar[bool] = False
+    measured: ClassVar[bool] = False
+    produces_model: ClassVar[bool] = False
+    resources: ClassVar[Resources] = Resources()
+
+    @abstractmethod
+    def resolve(self, settings: Settings, around: Surroundings) -> dict[str, Any]:
+        """Return the cell's spec: JSON, every default filled in, all that `run` needs. Raises KvlabError."""
+
+    def check(self, settings: Settings, around: Surroundings) -> Iterable[tuple[str, str]]:
+        """Yield (path inside the settings, problem) for what types cannot say."""
+        return ()
+
+    @abstractmethod
+    def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
+        """Packages and modules whose source files decide the result."""
+
+    def predict(self, spec: Mapping[str, Any], parents: Mapping[str, Parent]) -> Prediction:
+        """Predict cost without torch."""
+        return Prediction()
+
+    def run(self, spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
+        """Do the job; return its result (JSON: see docs/results-schema.md)."""
+        module = importlib.import_module(f"kvlab.platform.jobs.{self.name}.run")
+        result: dict[str, Any] = module.run(spec, context)
+        return result
