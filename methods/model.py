@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kvlab.methods.axis import Method
+from kvlab.methods.packing import Documents, Packer, TokenPacker
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +18,7 @@ class Score:
     """How well a model predicted the tokens of a batch.
 
     Attributes:
-        nll: [B, T] float32, minus the log probability of token t given its past; 0 where not scored.
+        nll: [B, T] float32, minus the log probability of token t given its past; 0 if not scored.
         scored: [B, T] bool, the tokens that this model predicts (never padding, never the first).
     """
 
@@ -87,6 +88,16 @@ class LanguageModel(nn.Module, ABC):
         from kvlab.methods.store import save
 
         save(self, folder)
+
+    @classmethod
+    def packer(
+        cls, method: Method, documents: Documents, sequence_length: int, *, eos: int, seed: int = 0
+    ) -> Packer:
+        """Return the stream of rows that a model of this kind trains on.
+
+        `method["granularity"].value.load().packer(method, ...)` finds it before there is a model.
+        """
+        return TokenPacker(documents, sequence_length, eos=eos, seed=seed)
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
