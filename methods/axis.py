@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from kvlab import KvlabError
 
@@ -55,6 +55,7 @@ class Value:
         paper: arXiv identifier.
         default: what the axis is when a method does not choose on it.
         check: (params, config) -> problems, for what a field's range cannot say; config may be None.
+        uptrained: params -> params as a model converted from a checkpoint has them.
         sources: packages whose files decide the result (part of a job's identity).
     """
 
@@ -67,6 +68,7 @@ class Value:
     paper: str | None = None
     default: bool = False
     check: Callable[[Any, DecoderConfig | None], Iterable[str]] | None = None
+    uptrained: Callable[[Any], Any] | None = None
     sources: tuple[str, ...] = ()
 
     def load(self) -> Any:
@@ -105,6 +107,18 @@ class Method:
 
     def __getitem__(self, axis: AxisName) -> Choice:
         return self.choices[axis]
+
+    def uptrained(self) -> Method:
+        """Return the method as a model converted from a checkpoint has it."""
+        return Method(
+            self.label,
+            {
+                axis: Choice(
+                    c.value, c.value.uptrained(c.params) if c.value.uptrained else c.params
+                )
+                for axis, c in self.choices.items()
+            },
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The canonical form that identities hash: non-default choices with every parameter."""
@@ -191,7 +205,7 @@ def resolve(
     Raises:
         MethodError: an unknown name, two choices on one axis, or a combination that is refused.
     """
-    make = build or (lambda cls, mapping: cls(**mapping))
+    make = build or build_params
     items = {written: {}} if isinstance(written, str) else dict(written)
     chosen: dict[AxisName, Choice] = {}
     for name, raw in items.items():
@@ -220,6 +234,47 @@ def resolve(
             if default is not None:
                 chosen[axis] = Choice(default, default.params())
     return Method(label, chosen)
+
+
+def from_dict(canonical: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Method:
+    """The inverse of `Method.to_dict`; {} is full attention.
+
+    Raises:
+        MethodError: a name that is unknown, or not a value of the axis it stands under.
+    """
+    named: dict[str, Mapping[str, Any]] = {}
+    for axis, choice in canonical.items():
+        for name, parameters in choice.items():
+            entry = REGISTRY.find(name)
+            if not isinstance(entry, Value) or entry.axis != axis:
+                raise MethodError(f"'{name}' is not a value of the {axis} axis")
+            named[name] = parameters
+    return resolve(named)
+
+
+def build_params(cls: type, mapping: Mapping[str, Any]) -> Any:
+    """Make a params dataclass, refusing unknown names and numbers outside their `Range`.
+
+    Raises:
+        MethodError: naming the parameter, what was found and what is allowed.
+    """
+    hints = get_type_hints(cls, include_extras=True)
+    for name, found in mapping.items():
+        if name not in hints:
+            known = ", ".join(hints) or "none"
+            raise MethodError(f"{cls.__name__} has no parameter '{name}'; it has: {known}")
+        limits = next(
+            (m for m in getattr(hints[name], "__metadata__", ()) if isinstance(m, Range)), None
+        )
+        if limits is None:
+            continue
+        if isinstance(found, bool) or not isinstance(found, int | float):
+            raise MethodError(f"{name}: must be a number, found {found!r}")
+        if not limits.low <= found <= limits.high:
+            raise MethodError(
+                f"{name}: must be from {limits.low} to {limits.high}, found {found!r}"
+            )
+    return cls(**mapping)
 
 
 def _params(name: str) -> type:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kvlab.methods.axis import Method
+from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.packing import Documents, Packer, TokenPacker
 
 
@@ -48,9 +49,18 @@ class Session(ABC):
 
 
 class LanguageModel(nn.Module, ABC):
-    """A decoder with a method's train-time axes applied."""
+    """A decoder with a method's train-time axes applied.
 
+    A value of the granularity axis names a subclass; it is made as `cls(config, method)`.
+    """
+
+    config: DecoderConfig
     method: Method
+
+    @classmethod
+    @abstractmethod
+    def convert(cls, parent: LanguageModel, method: Method) -> LanguageModel:
+        """Return a model of this class that starts from the parent's weights (uptraining)."""
 
     @abstractmethod
     def forward(self, ids: Tensor, valid: Tensor | None = None) -> Score:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kvlab.kernels.attention import CAUSAL, Rule
+from kvlab.kernels.attention import Rule
 
 
 class Step(NamedTuple):
@@ -36,9 +36,11 @@ class Extra(NamedTuple):
 class Keys(NamedTuple):
     """What a layer's queries may read.
 
-    k [B, H_kv, S, D], v [B, H_kv, S, D_v]; positions [B, S] or [B, H_kv, S], EMPTY on empty rows, or
-    None where the rows are exactly this step's, in order (see `attend`). Rows may be in any order
-    and S may differ from layer to layer.
+    k [B, H_kv, S, D], v [B, H_kv, S, D_v]; positions [B, S] or [B, H_kv, S], EMPTY on empty rows.
+    Rows may be in any order and S may differ from layer to layer. Layers whose keys have the same
+    positions return the same tensor object, so that the mask is made once. positions None: in a
+    packed step, the rows are exactly this step's, in order; in a step with positions, every query
+    may read every row (see `attend`).
     """
 
     k: Tensor
@@ -75,17 +77,15 @@ class Cache(ABC):
     def read(self, layer: int) -> Keys:
         """Return what queries may read of KV layer `layer`: this step's rows included."""
 
-    def rule(self, layer: int) -> Rule:
-        """The mask rule of decoder layer `layer` under this cache."""
-        return CAUSAL
+    def rule(self, layer: int, own: Rule) -> Rule:
+        """The mask rule of decoder layer `layer`: `own` is the model's, which a cache may tighten."""
+        return own
 
     def rotary_positions(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Positions to rotate (queries [B, T], keys [B, S]) by; only when `rotates`."""
         raise NotImplementedError
 
-    def observe(
-        self, layer: int, before: Tensor, after: Tensor, key_mass: Tensor | None
-    ) -> None:
+    def observe(self, layer: int, before: Tensor, after: Tensor, key_mass: Tensor | None) -> None:
         """See the residual stream [B, T, W] around a layer's attention, and its key mass [B, H, S]."""
 
     def finish(self) -> None:

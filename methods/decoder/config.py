@@ -68,11 +68,11 @@ class DecoderConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be at least 1, found {getattr(self, name)}")
         if self.heads % self.kv_heads:
-            raise ConfigError(
-                f"kv_heads: must divide heads ({self.heads}), found {self.kv_heads}"
-            )
+            raise ConfigError(f"kv_heads: must divide heads ({self.heads}), found {self.kv_heads}")
         if self.rotary_dim % 2:
-            raise ConfigError(f"rotary_fraction: rotates {self.rotary_dim} dimensions; must be even")
+            raise ConfigError(
+                f"rotary_fraction: rotates {self.rotary_dim} dimensions; must be even"
+            )
         if self.windows is not None and len(self.windows) != self.layers:
             raise ConfigError(f"windows: needs one entry per layer ({self.layers})")
 
@@ -99,19 +99,37 @@ class DecoderConfig:
         return cls(**raw)
 
 
-def llama(width: int, layers: int, heads: int, kv_heads: int, ffn_width: int, **rest: Any) -> dict[str, Any]:
+def llama(
+    width: int, layers: int, heads: int, kv_heads: int, ffn_width: int, **rest: Any
+) -> dict[str, Any]:
     head_dim = rest.pop("head_dim", width // heads)
     return dict(
-        width=width, layers=layers, heads=heads, kv_heads=kv_heads,
-        head_dim=head_dim, ffn_width=ffn_width, **rest,
+        width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn_width=ffn_width,
+        **rest,
     )
 
 
 def gpt_neox(width: int, layers: int, heads: int) -> dict[str, Any]:
     return dict(
-        width=width, layers=layers, heads=heads, kv_heads=heads, head_dim=width // heads,
-        ffn_width=4 * width, norm="layer", activation="gelu", gated=False, parallel=True,
-        qkv_bias=True, out_bias=True, mlp_bias=True, rotary_fraction=0.25,
+        width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=width // heads,
+        ffn_width=4 * width,
+        norm="layer",
+        activation="gelu",
+        gated=False,
+        parallel=True,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        rotary_fraction=0.25,
     )
 
 

@@ -1,0 +1,14 @@
+"""Every value and preset that kvlab ships. A method becomes known by its line here."""
+
+from __future__ import annotations
+
+from kvlab.methods.axis import Preset, Value
+from kvlab.methods.decoder import token
+from kvlab.methods.eviction.full import params as full
+from kvlab.methods.eviction.sliding_window import params as sliding_window
+
+ENTRIES: tuple[Value | Preset, ...] = (
+    token.ENTRY,
+    full.ENTRY,
+    sliding_window.ENTRY,
+)

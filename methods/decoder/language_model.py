@@ -1,0 +1,143 @@
+"""The decoder as a language model over tokens: scoring in one pass, generation over a cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from kvlab import KvlabError
+from kvlab.kernels.attention import EMPTY
+from kvlab.methods.axis import Method
+from kvlab.methods.cache.slots import open_cache
+from kvlab.methods.decoder.config import DecoderConfig
+from kvlab.methods.decoder.model import Decoder
+from kvlab.methods.model import LanguageModel, Score, Session
+
+LOGITS_AT_ONCE = 1 << 26
+"""Logits held at a time when scoring; larger batches are scored in chunks of rows."""
+
+
+class TokenModel(LanguageModel):
+    """Token granularity: one position of the decoder is one token."""
+
+    def __init__(self, config: DecoderConfig, method: Method) -> None:
+        super().__init__()
+        self.config = config
+        self.method = method
+        self.decoder = Decoder(config)
+
+    @classmethod
+    def convert(cls, parent: LanguageModel, method: Method) -> LanguageModel:
+        if not isinstance(parent, TokenModel):
+            raise KvlabError(f"a {type(parent).__name__} cannot be converted back to tokens")
+        model = cls(parent.config, method)
+        model.load_state_dict(parent.state_dict())
+        return model
+
+    def forward(self, ids: Tensor, valid: Tensor | None = None) -> Score:
+        hidden = self.decoder.body(self.decoder.embed(ids), positions_of(valid), ids=ids)
+        nll = F.pad(negative_log_likelihood(self.decoder, hidden[:, :-1], ids[:, 1:]), (1, 0))
+        scored = torch.ones_like(ids, dtype=torch.bool)
+        scored[:, 0] = False
+        if valid is not None:
+            scored[:, 1:] = valid[:, 1:] & valid[:, :-1]
+            nll = nll.masked_fill(~scored, 0.0)
+        return Score(nll, scored)
+
+    def start(
+        self,
+        ids: Tensor,
+        valid: Tensor | None = None,
+        *,
+        new_tokens: int,
+        apply: Method | None = None,
+    ) -> Session:
+        return TokenSession(self.decoder, ids, valid, new_tokens, apply)
+
+    def body_parameters(self) -> int:
+        return self.decoder.body_parameters()
+
+    def describe(self) -> dict[str, Any]:
+        return {"config": self.config.to_dict(), "method": self.method.to_dict()}
+
+
+class TokenSession(Session):
+    """A batch of sequences over one cache."""
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        decoder: Decoder,
+        ids: Tensor,
+        valid: Tensor | None,
+        new_tokens: int,
+        apply: Method | None,
+    ) -> None:
+        batch, rows = ids.shape
+        self._decoder = decoder
+        hidden = decoder.embed(ids)
+        self._cache = open_cache(
+            decoder.config,
+            apply,
+            batch=batch,
+            tokens=rows + new_tokens,
+            device=hidden.device,
+            dtype=hidden.dtype,
+        )
+        self._prompt = torch.tensor(batch * rows) if valid is None else valid.sum()
+        self._steps = 0
+        positions = positions_of(valid)
+        if positions is None:
+            self._next = torch.full((batch, 1), rows, device=ids.device)
+        else:
+            self._next = positions[:, -1:] + 1
+        hidden = decoder.body(hidden, positions, self._cache, ids)
+        self.logits = decoder.head(hidden[:, -1])
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor) -> Tensor:
+        ids = tokens.unsqueeze(1)
+        hidden = self._decoder.body(self._decoder.embed(ids), self._next, self._cache, ids)
+        self._next = self._next + 1
+        self._steps += 1
+        self.logits = self._decoder.head(hidden[:, -1])
+        return self.logits
+
+    def kv_bytes(self) -> int:
+        return self._cache.nbytes()
+
+    def kv_tokens(self) -> int:
+        return int(self._prompt) + self._steps * len(self._next)
+
+
+def positions_of(valid: Tensor | None) -> Tensor | None:
+    """Positions [B, T] that count each sample's valid rows from 0, EMPTY on padding."""
+    if valid is None:
+        return None
+    return (valid.long().cumsum(1) - 1).masked_fill(~valid, EMPTY)
+
+
+def negative_log_likelihood(decoder: Decoder, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Minus log probability of targets [B, T] given hidden [B, T, W], as [B, T] float32.
+
+    Above `LOGITS_AT_ONCE` the head runs over chunks of rows, and training computes each chunk's
+    logits once more instead of keeping them.
+    """
+    rows, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    chunk = max(1, LOGITS_AT_ONCE // decoder.config.vocab_size)
+
+    def score(some: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(decoder.head(some).float(), target, reduction="none")
+
+    if len(rows) <= chunk:
+        return score(rows, wanted).view_as(targets)
+    parts = zip(rows.split(chunk), wanted.split(chunk), strict=True)
+    if torch.is_grad_enabled():
+        nll = [checkpoint(score, some, target, use_reentrant=False) for some, target in parts]
+    else:
+        nll = [score(some, target) for some, target in parts]
+    return torch.cat(nll).view_as(targets)

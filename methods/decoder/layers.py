@@ -1,0 +1,126 @@
+"""The parts of a decoder layer: attention over a cache, the feed-forward layer, the residuals."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kvlab.kernels.attention import Rule, attend
+from kvlab.methods.cache.interface import Cache
+from kvlab.methods.decoder.config import DecoderConfig
+from kvlab.methods.decoder.rope import Rotation
+
+
+class Pass:
+    """What all layers of one forward pass share: positions, rotation, masks and the cache."""
+
+    def __init__(
+        self, positions: Tensor | None, rotation: Rotation, frequencies: Tensor, cache: Cache
+    ) -> None:
+        self.positions = positions
+        self.rotation = rotation
+        self.frequencies = frequencies
+        self.cache = cache
+        self._masks: dict[tuple[int, Rule], tuple[Tensor, Tensor]] = {}
+
+    def mask(self, rule: Rule, k_positions: Tensor | None) -> Tensor | None:
+        """The mask of these keys, made once for all layers whose keys have the same positions."""
+        if self.positions is None or k_positions is None:
+            return None
+        known = self._masks.get((id(k_positions), rule))
+        if known is None:
+            # The positions are kept beside the mask so that their id stays theirs.
+            known = (k_positions, rule.allows(self.positions, k_positions))
+            self._masks[(id(k_positions), rule)] = known
+        return known[1]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention that writes to and reads from a cache."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        rows = (config.heads + 2 * config.kv_heads) * config.head_dim
+        self.qkv = nn.Linear(config.width, rows, bias=config.qkv_bias)
+        self.out = nn.Linear(config.heads * config.head_dim, config.width, bias=config.out_bias)
+        self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.rule = Rule(window=config.windows[layer] if config.windows else None)
+
+    def forward(self, x: Tensor, step: Pass) -> tuple[Tensor, Tensor | None]:
+        """Map normed hidden states [B, T, W] to the layer's attention output and its key mass."""
+        batch, rows, _ = x.shape
+        cache, layer = step.cache, self.layer
+        qkv = self.qkv(x).view(batch, rows, -1, self.head_dim).transpose(1, 2)
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if not cache.rotates:
+            q, k = step.rotation(q), step.rotation(k)
+        cache.write(layer, k, v, step.positions)
+        k, v, k_positions = cache.read(layer)
+        if cache.rotates:
+            assert step.positions is not None
+            for_queries, for_keys = cache.rotary_positions(layer, step.positions)
+            q = Rotation(step.frequencies, for_queries, q.dtype)(q)
+            k = Rotation(step.frequencies, for_keys, k.dtype)(k)
+        rule = cache.rule(layer, self.rule)
+        out, key_mass = attend(
+            q, k, v, step.positions, k_positions, rule,
+            want_key_mass=cache.wants_key_mass, mask=step.mask(rule, k_positions),
+        )  # fmt: skip
+        return self.out(out.transpose(1, 2).flatten(2)), key_mass
+
+
+class FeedForward(nn.Module):
+    """Two linear layers; when gated, `up` holds the gate's rows first, then the values' rows."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gated = config.gated
+        self.activation = config.activation
+        rows = config.ffn_width * (2 if config.gated else 1)
+        self.up = nn.Linear(config.width, rows, bias=config.mlp_bias)
+        self.down = nn.Linear(config.ffn_width, config.width, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        if not self.gated:
+            return torch.as_tensor(self.down(self._activate(x)))
+        gate, value = x.chunk(2, dim=-1)
+        return torch.as_tensor(self.down(self._activate(gate) * value))
+
+    def _activate(self, x: Tensor) -> Tensor:
+        if self.activation == "silu":
+            return F.silu(x)
+        return F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+
+
+class Layer(nn.Module):
+    """One decoder layer: x + attention, then + feed-forward (of x itself when parallel)."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.parallel = config.parallel
+        self.attention_norm = norm(config)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = norm(config)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x: Tensor, step: Pass) -> Tensor:
+        """Map the residual stream [B, T, W] to the next layer's."""
+        attended, key_mass = self.attention(self.attention_norm(x), step)
+        after = x + attended
+        step.cache.observe(self.layer, x, after, key_mass)
+        return after + self.mlp(self.mlp_norm(x if self.parallel else after))
+
+
+def norm(config: DecoderConfig) -> nn.Module:
+    """The family's normalisation over the residual stream."""
+    if config.norm == "rms":
+        return nn.RMSNorm(config.width, config.norm_eps)
+    return nn.LayerNorm(config.width, config.norm_eps)
