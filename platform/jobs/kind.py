@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Settings(BaseModel):
     """What a user writes under a kind's key. Subclasses are the YAML's schema."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,18 +60,22 @@ class Kind(ABC):
 
     Attributes:
         name: the YAML key. settings: the pydantic model of what stands under it.
-        references: settings field -> "one" or "many": fields that name other jobs. A cell has exactly one
+        references: role -> "one" or "many": fields that name other jobs. A cell has exactly one
             parent per role ("many" is crossed into one cell per parent).
+        reference_paths: role -> dotted path of its field, where that is not the role itself.
         measured: identity includes device, thread count and driver (benchmarks).
         produces_model: its artifact folder can be loaded by `kvlab.methods.store.load`.
+        gang: it can run as several workers (`resources: {workers: N}`).
     """
 
     name: ClassVar[str]
     settings: ClassVar[type[Settings]]
     references: ClassVar[Mapping[str, Literal["one", "many"]]] = {}
+    reference_paths: ClassVar[Mapping[str, str]] = {}
     needs_data: ClassVar[bool] = False
     measured: ClassVar[bool] = False
     produces_model: ClassVar[bool] = False
+    gang: ClassVar[bool] = False
     resources: ClassVar[Resources] = Resources()
 
     @abstractmethod

@@ -1,0 +1,76 @@
+"""The `kvlab` command. A command's module is imported only when that command is invoked."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from kvlab import KvlabError
+
+COMMANDS = {
+    "validate": "Check a workflow YAML and report every mistake at once.",
+    "plan": "Show the jobs of a workflow: state, resources and predicted cost.",
+    "run": "Run a workflow, locally or on a Ray cluster.",
+    "status": "Show workflows, their jobs and attempts.",
+    "logs": "Print what a job wrote.",
+    "cancel": "Cancel a running workflow or one of its jobs.",
+    "resume": "Go on with a workflow that stopped, failed or was cancelled.",
+    "compare": "Compare the finished jobs of a workflow: table, JSON or HTML.",
+    "methods": "List the axes and values a method is made of.",
+    "schema": "Print the JSON Schema of a workflow YAML.",
+    "ui": "Open MLflow's user interface on the store.",
+    "db": "Upgrade or inspect the store's schema.",
+    "doctor": "Check this machine and its set-up.",
+}
+"""Every command: module `kvlab.platform.cli.<name>`, with a function `command` or a Typer `app`."""
+
+
+class LazyGroup(TyperGroup):
+    """A group that shows its help from `COMMANDS` and imports a command only to invoke it."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands = {name: TyperCommand(name, help=text) for name, text in COMMANDS.items()}
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, placeholder, rest = super().resolve_command(ctx, args)
+        return name, placeholder if name is None else load(name), rest
+
+
+def load(name: str) -> Any:
+    """Import the module of command `name` and return its click command."""
+    module = importlib.import_module(f"kvlab.platform.cli.{name}")
+    app = getattr(module, "app", None)
+    if app is None:
+        app = typer.Typer(add_completion=False)
+        app.command(name, help=module.command.__doc__ or COMMANDS[name])(module.command)
+    command = typer.main.get_command(app)
+    command.name = name
+    return command
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Which way of shrinking the KV cache is worth it, for your model, on your hardware?",
+)
+
+
+@app.callback()
+def root() -> None:
+    """Typer needs a callback to build a group before any command is known."""
+
+
+def main() -> None:
+    """Run the command line: a user's mistake is said on stderr, a bug keeps its traceback."""
+    try:
+        app(prog_name="kvlab")
+    except KvlabError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,90 @@
+"""What a user writes under `benchmark:`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from kvlab.methods.axis import Method, resolve
+from kvlab.platform.graph import Resources
+from kvlab.platform.jobs.field import nested
+from kvlab.platform.jobs.kind import Kind, Parent, Prediction, Settings, Surroundings
+from kvlab.platform.jobs.method import MethodField, axis_sources, compatible
+from kvlab.platform.jobs.model import lineage, method_of
+from kvlab.platform.jobs.quantities import Bytes
+from kvlab.platform.jobs.reference import Many
+
+BatchSize = Annotated[int, Field(ge=1, le=65536)]
+
+
+class BenchmarkSettings(Settings):
+    """`benchmark:` measures prefill, decode and memory, with the node to itself."""
+
+    of: Many
+    prompt: int = Field(default=128, ge=1, le=2**20)
+    generate: int = Field(default=128, ge=1, le=2**20)
+    batch: Annotated[tuple[BatchSize, ...], Field(strict=False, min_length=1)] = (1, 8, 32)
+    repeats: int = Field(default=5, ge=1, le=1000)
+    warmup: int = Field(default=1, ge=0, le=100)
+    apply: Annotated[Method, MethodField("run")] = Field(default_factory=lambda: resolve({}))
+    kv_budget: Bytes | None = Field(default=None, ge=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+    @model_validator(mode="after")
+    def _distinct(self) -> BenchmarkSettings:
+        if len(set(self.batch)) != len(self.batch):
+            raise nested([(("batch",), "must not name a batch size twice")])
+        return self
+
+
+class Benchmark(Kind):
+    """Measure how fast and with how much memory a model generates."""
+
+    name = "benchmark"
+    settings = BenchmarkSettings
+    references = {"of": "many"}
+    measured = True
+    resources = Resources(exclusive=True)
+
+    def resolve(self, settings: Settings, around: Surroundings) -> dict[str, Any]:
+        assert isinstance(settings, BenchmarkSettings)
+        return {
+            "prompt": settings.prompt,
+            "generate": settings.generate,
+            "batch": list(settings.batch),
+            "repeats": settings.repeats,
+            "warmup": settings.warmup,
+            "apply": settings.apply.to_dict(),
+            "kv_budget": settings.kv_budget,
+            "dtype": settings.dtype,
+            "seed": around.seed,
+        }
+
+    def check(self, settings: Settings, around: Surroundings) -> Iterable[tuple[str, str]]:
+        assert isinstance(settings, BenchmarkSettings)
+        config, _ = lineage(around.parents["of"])
+        for name, message in compatible(settings.apply, config):
+            yield f"apply.{name}", message
+        if settings.prompt + settings.generate > config.max_positions:
+            yield (
+                "generate",
+                f"prompt and generate must be at most the model's max_positions "
+                f"({config.max_positions}), found {settings.prompt} + {settings.generate}",
+            )
+
+    def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
+        return (
+            "kvlab.platform.jobs.benchmark",
+            "kvlab.methods.cache",
+            "kvlab.methods.decoder",
+            "kvlab.kernels.attention",
+            *axis_sources(method_of(spec["apply"])),
+        )
+
+    def predict(self, spec: Mapping[str, Any], parents: Mapping[str, Parent]) -> Prediction:
+        from kvlab.platform.jobs.cost import generating
+
+        config, trained = lineage(parents["of"])
+        return generating(config, method_of(trained), method_of(spec["apply"]), spec)

@@ -1,0 +1,135 @@
+"""What stands under `data:`: where text comes from and how it becomes tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from kvlab.platform.jobs.field import nested, wrong
+from kvlab.platform.jobs.kind import Kind, Settings, Surroundings
+from kvlab.platform.jobs.quantities import Count
+
+SOURCES = ("python", "text", "folder", "hub")
+TOKENIZERS = ("bpe", "path", "bytes")
+BYTES_VOCABULARY = 256
+_DETAILS = {
+    "pattern": ("folder",),
+    "config": ("hub",),
+    "split": ("hub",),
+    "column": ("text", "folder", "hub"),
+    "revision": ("hub",),
+}
+
+
+class Source(Settings):
+    """`python`, `{text: FILE}`, `{folder: DIR, pattern: GLOB}` or `{hub: NAME, config, split, column}`."""
+
+    python: Literal[True] | None = None
+    text: str | None = None
+    folder: str | None = None
+    pattern: str | None = None
+    hub: str | None = None
+    config: str | None = None
+    split: str | None = None
+    column: str | None = None
+    revision: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, written: Any) -> Any:
+        if written == "python":
+            return {"python": True}
+        if not isinstance(written, Mapping):
+            raise wrong("must be python, {text: FILE}, {folder: DIR} or {hub: NAME}")
+        return written
+
+    @model_validator(mode="after")
+    def _one(self) -> Source:
+        chosen = [kind for kind in SOURCES if getattr(self, kind) is not None]
+        if len(chosen) != 1:
+            raise wrong(f"must be exactly one of {', '.join(SOURCES)}, found {_listed(chosen)}")
+        misplaced = [
+            ((name,), f"belongs to {' or '.join(kinds)}, not to {chosen[0]}")
+            for name, kinds in _DETAILS.items()
+            if getattr(self, name) is not None and chosen[0] not in kinds
+        ]
+        if misplaced:
+            raise nested(misplaced)
+        return self
+
+
+class Tokenizer(Settings):
+    """`{bpe: VOCABULARY}` trained on the data, `{path: FOLDER_OR_FILE}`, or `{bytes: true}`."""
+
+    bpe: int | None = Field(default=None, ge=257, le=1_000_000)
+    path: str | None = None
+    bytes: Literal[True] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Tokenizer:
+        chosen = [kind for kind in TOKENIZERS if getattr(self, kind) is not None]
+        if len(chosen) != 1:
+            raise wrong(f"must be exactly one of {', '.join(TOKENIZERS)}, found {_listed(chosen)}")
+        return self
+
+
+class DataSettings(Settings):
+    """`data:` of a workflow."""
+
+    source: Source
+    tokenizer: Tokenizer | None = None
+    sequence_length: int = Field(ge=2, le=2**20)
+    format: Literal["text", "chat"] = "text"
+    holdout: float = Field(default=0.1, gt=0, lt=1)
+    max_tokens: Count | None = Field(default=None, ge=1)
+
+
+def _listed(chosen: list[str]) -> str:
+    return " and ".join(chosen) if chosen else "none"
+
+
+class Data(Kind):
+    """Text, split, tokenised and packed once; every job of the workflow reads it."""
+
+    name = "data"
+    settings = DataSettings
+
+    def resolve(self, settings: Settings, around: Surroundings) -> dict[str, Any]:
+        assert isinstance(settings, DataSettings)
+        return {
+            "source": around.data["source"],
+            "format": settings.format,
+            "fingerprint": around.data["fingerprint"],
+            "tokenizer": around.data["tokenizer"],
+            "holdout": settings.holdout,
+            "max_tokens": settings.max_tokens,
+        }
+
+    def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("kvlab.platform.jobs.data", "kvlab.platform.data")
+
+
+def resolve_source(source: Source, layout: str, folder: Path) -> dict[str, Any]:
+    """Return the `source` part of a data job's spec; paths start from `folder`."""
+    if source.python:
+        return {"kind": "python"}
+    if source.text is not None:
+        found: dict[str, Any] = {"kind": "text", "path": str((folder / source.text).absolute())}
+    elif source.folder is not None:
+        pattern = source.pattern or ("**/*.jsonl" if layout == "chat" else "**/*.txt")
+        path = str((folder / source.folder).absolute())
+        found = {"kind": "folder", "path": path, "pattern": pattern}
+    else:
+        assert source.hub is not None
+        local = folder / source.hub
+        name = str(local.absolute()) if local.is_dir() else source.hub
+        found = {"kind": "hub", "name": name, "config": source.config}
+        found |= {"split": source.split or "train", "column": source.column or "text"}
+        if source.revision is not None:
+            found["revision"] = source.revision
+    if source.column is not None:
+        found["column"] = source.column
+    return found

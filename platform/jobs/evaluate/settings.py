@@ -1,0 +1,90 @@
+"""What a user writes under `evaluate:`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from kvlab.methods.axis import Method, resolve
+from kvlab.platform.jobs.kind import Kind, Parent, Prediction, Settings, Surroundings
+from kvlab.platform.jobs.method import MethodField, axis_sources, compatible
+from kvlab.platform.jobs.model import lineage, method_of
+from kvlab.platform.jobs.quantities import Count
+from kvlab.platform.jobs.reference import Many
+
+Metric = Literal["perplexity", "loss_by_position"]
+
+
+class EvaluateSettings(Settings):
+    """`evaluate:` scores models on held-out text, all on the same target tokens."""
+
+    of: Many
+    metrics: Annotated[tuple[Metric, ...], Field(strict=False, min_length=1)] = ("perplexity",)
+    apply: Annotated[Method, MethodField("run")] = Field(default_factory=lambda: resolve({}))
+    sequence_length: int | None = Field(default=None, ge=2, le=2**20)
+    tokens: Count = Field(default=100_000, ge=1)
+    batch_size: int = Field(default=16, ge=1, le=65536)
+
+
+class Evaluate(Kind):
+    """Score a model on held-out tokens that every arm of the job predicts."""
+
+    name = "evaluate"
+    settings = EvaluateSettings
+    references = {"of": "many"}
+    needs_data = True
+
+    def resolve(self, settings: Settings, around: Surroundings) -> dict[str, Any]:
+        from kvlab.platform.jobs.cost import first_target
+
+        assert isinstance(settings, EvaluateSettings)
+        arms = around.siblings.get("of") or (around.parents["of"],)
+        return {
+            "metrics": list(settings.metrics),
+            "apply": settings.apply.to_dict(),
+            "sequence_length": settings.sequence_length or around.data["sequence_length"],
+            "tokens": settings.tokens,
+            "batch_size": settings.batch_size,
+            "first_target": max(first_target(*_arm(arm)) for arm in arms),
+            "seed": around.seed,
+        }
+
+    def check(self, settings: Settings, around: Surroundings) -> Iterable[tuple[str, str]]:
+        assert isinstance(settings, EvaluateSettings)
+        config, trained = lineage(around.parents["of"])
+        length = settings.sequence_length or around.data["sequence_length"]
+        for name, message in compatible(settings.apply, config):
+            yield f"apply.{name}", message
+        for choice in trained.values():
+            for name, params in choice.items():
+                if length % params.get("block_length", 1):
+                    yield (
+                        "sequence_length",
+                        f"must be a multiple of the block length ({params['block_length']}) of "
+                        f"'{around.parents['of'].name}' ({name}), found {length}",
+                    )
+        if length > config.max_positions:
+            yield (
+                "sequence_length",
+                f"must be at most the model's max_positions ({config.max_positions}), "
+                f"found {length}",
+            )
+
+    def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
+        return (
+            "kvlab.platform.jobs.evaluate",
+            "kvlab.methods.cache",
+            *axis_sources(method_of(spec["apply"])),
+        )
+
+    def predict(self, spec: Mapping[str, Any], parents: Mapping[str, Parent]) -> Prediction:
+        from kvlab.platform.jobs.cost import scoring
+
+        return scoring(*_arm(parents["of"]), spec)
+
+
+def _arm(parent: Parent) -> tuple[Any, Method]:
+    config, trained = lineage(parent)
+    return config, method_of(trained)

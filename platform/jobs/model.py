@@ -1,0 +1,164 @@
+"""The model a workflow starts from: a preset, explicit sizes, or a checkpoint people have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import lru_cache
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+from pydantic import Field, create_model
+
+from kvlab import KvlabError
+from kvlab.methods.axis import Method
+from kvlab.methods.decoder.config import PRESETS, DecoderConfig
+from kvlab.platform.jobs.field import suggest
+from kvlab.platform.jobs.kind import Parent, Settings
+
+SIZES = ("width", "layers", "heads")
+"""What explicit sizes must give; the rest has defaults."""
+
+
+class ModelError(KvlabError):
+    """A model that cannot be built as written."""
+
+
+def _relaxed(hint: Any) -> Any:
+    if get_origin(hint) is tuple:
+        return Annotated[hint, Field(strict=False)]
+    if get_origin(hint) in (Union, UnionType):
+        return Union[tuple(_relaxed(part) for part in get_args(hint))]  # noqa: UP007
+    return hint
+
+
+_HINTS = get_type_hints(DecoderConfig)
+_COLUMNS: dict[str, Any] = {
+    f.name: (_relaxed(_HINTS[f.name]) | None, None) for f in fields(DecoderConfig)
+}
+
+ModelSettings: type[Settings] = create_model(
+    "ModelSettings",
+    __base__=Settings,
+    __doc__="`{preset: NAME}`, `{width, layers, heads, ...}` or `{checkpoint: FOLDER}`.",
+    preset=(str | None, None),
+    checkpoint=(str | None, None),
+    **_COLUMNS,
+)
+
+
+def resolve_model(settings: Settings, vocab_size: int | None, folder: Path) -> dict[str, Any]:
+    """Return the `model` part of a spec: {"config": ...} or {"checkpoint": ..., "fingerprint": ...}.
+
+    Args:
+        settings: a ModelSettings.
+        vocab_size: what the tokenizer needs; None where a workflow has no data.
+        folder: what relative checkpoint paths start from.
+
+    Raises:
+        ModelError: an unknown preset, missing sizes, sizes that do not fit together.
+    """
+    written = settings.model_dump(exclude_unset=True, by_alias=True)
+    written = {name: value for name, value in written.items() if value is not None}
+    checkpoint = written.pop("checkpoint", None)
+    preset = written.pop("preset", None)
+    if checkpoint is not None:
+        if written or preset:
+            extra = ", ".join([*(["preset"] if preset else []), *written])
+            raise ModelError(f"a checkpoint brings its own sizes: remove {extra}")
+        return _from_checkpoint((folder / checkpoint).absolute(), vocab_size)
+    if preset is not None:
+        if preset not in PRESETS:
+            raise ModelError(f"preset: unknown preset '{preset}': {suggest(preset, list(PRESETS))}")
+        sizes = {**PRESETS[preset], **written}
+        if "head_dim" not in written and {"width", "heads"} & set(written):
+            sizes["head_dim"] = sizes["width"] // sizes["heads"]
+    else:
+        if missing := [name for name in SIZES if name not in written]:
+            raise ModelError(
+                f"needs {', '.join(missing)} (or a preset: {', '.join(PRESETS)}; or a checkpoint)"
+            )
+        sizes = _defaults(written)
+    needed = vocab_size or 1
+    if sizes.setdefault("vocab_size", needed) < needed:
+        raise ModelError(f"vocab_size: the tokenizer has {needed}, found {sizes['vocab_size']}")
+    return {"config": _config(sizes).to_dict()}
+
+
+def _defaults(written: Mapping[str, Any]) -> dict[str, Any]:
+    sizes = dict(written)
+    if "head_dim" not in sizes:
+        if sizes["heads"] < 1 or sizes["width"] % sizes["heads"]:
+            raise ModelError(
+                f"heads: must divide width ({sizes['width']}) where head_dim is not given, "
+                f"found {sizes['heads']}"
+            )
+        sizes["head_dim"] = sizes["width"] // sizes["heads"]
+    sizes.setdefault("kv_heads", sizes["heads"])
+    sizes.setdefault("ffn_width", 4 * sizes["width"])
+    return sizes
+
+
+def _config(sizes: Mapping[str, Any]) -> DecoderConfig:
+    try:
+        return DecoderConfig.from_dict(dict(sizes))
+    except KvlabError as error:
+        raise ModelError(str(error)) from None
+
+
+def _from_checkpoint(path: Path, vocab_size: int | None) -> dict[str, Any]:
+    from kvlab.platform.jobs.checkpoint import fingerprint, read_config
+
+    config = read_config(path)
+    if vocab_size is not None and vocab_size > config.vocab_size:
+        raise ModelError(
+            f"checkpoint: '{path}' has a vocabulary of {config.vocab_size}, the tokenizer needs "
+            f"{vocab_size}: set data.tokenizer to {{path: {path}}}"
+        )
+    return {"checkpoint": str(path), "fingerprint": fingerprint(path)}
+
+
+def config_of(model: Mapping[str, Any]) -> DecoderConfig:
+    """Return the sizes behind the `model` part of a spec."""
+    if "config" in model:
+        return _cached_config(_freeze(model["config"]))
+    from kvlab.platform.jobs.checkpoint import read_config
+
+    return read_config(Path(model["checkpoint"]))
+
+
+def _freeze(config: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(
+        (key, tuple(value.items()) if isinstance(value, dict) else _tupled(value))
+        for key, value in config.items()
+    )
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+@lru_cache(maxsize=1024)
+def _cached_config(frozen: tuple[tuple[str, Any], ...]) -> DecoderConfig:
+    raw = dict(frozen)
+    if raw.get("rope_scaling") is not None:
+        raw["rope_scaling"] = dict(raw["rope_scaling"])
+    return DecoderConfig.from_dict(raw)
+
+
+def lineage(parent: Parent) -> tuple[DecoderConfig, dict[str, Any]]:
+    """Return the sizes and the canonical train-time method of the model that `parent` publishes."""
+    root = parent
+    while "model" not in root.spec:
+        if "from" not in root.parents:
+            raise ModelError(f"'{parent.name}' ({parent.kind}) publishes no model")
+        root = root.parents["from"]
+    return config_of(root.spec["model"]), dict(parent.spec.get("method", {}))
+
+
+def method_of(canonical: Mapping[str, Any]) -> Method:
+    """Return the Method of a canonical dict."""
+    from kvlab.methods.axis import from_dict
+
+    return from_dict(dict(canonical))

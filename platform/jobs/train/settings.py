@@ -1,0 +1,132 @@
+"""What a user writes under `train:`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from kvlab.methods.axis import Method
+from kvlab.platform.jobs.field import nested
+from kvlab.platform.jobs.kind import Kind, Parent, Prediction, Settings, Surroundings
+from kvlab.platform.jobs.method import MethodField, axis_sources, compatible
+from kvlab.platform.jobs.model import ModelSettings, config_of, method_of, resolve_model
+from kvlab.platform.jobs.quantities import Count
+
+
+class Optimization(Settings):
+    """What train and uptrain share: how long, how fast, how exact."""
+
+    method: Annotated[Method, MethodField("train")]
+    tokens: Count = Field(ge=0)
+    sequence_length: int | None = Field(default=None, ge=2, le=2**20)
+    batch_size: int = Field(default=16, ge=1, le=65536)
+    accumulate: int = Field(default=1, ge=1, le=65536)
+    learning_rate: float = Field(default=3e-3, gt=0, le=1)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    final_learning_rate: float = Field(default=0.1, ge=0, le=1)
+    weight_decay: float = Field(default=0.1, ge=0, le=10)
+    betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
+        Field(strict=False),
+    ] = (0.9, 0.95)
+    clip: float = Field(default=1.0, gt=0)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    checkpoint_every: int | None = Field(default=None, ge=1)
+    log_every: int = Field(default=10, ge=1)
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+
+
+class TrainSettings(Optimization):
+    """`train:` from fresh weights, or on from a checkpoint (`tokens: 0` takes it as it is)."""
+
+    model: ModelSettings | None = None  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _some_tokens(self) -> TrainSettings:
+        checkpoint = getattr(self.model, "checkpoint", None)
+        if self.tokens == 0 and self.model is not None and checkpoint is None:
+            raise nested([(("tokens",), "must be at least 1 for a model with fresh weights")])
+        return self
+
+
+class Train(Kind):
+    """Train a model with a method's train-time axes."""
+
+    name = "train"
+    settings = TrainSettings
+    needs_data = True
+    produces_model = True
+    gang = True
+
+    def resolve(self, settings: Settings, around: Surroundings) -> dict[str, Any]:
+        assert isinstance(settings, TrainSettings)
+        return {"model": _model(settings, around), **optimization_spec(settings, around)}
+
+    def check(self, settings: Settings, around: Surroundings) -> Iterable[tuple[str, str]]:
+        assert isinstance(settings, TrainSettings)
+        model = _model(settings, around)
+        if settings.tokens == 0 and "checkpoint" not in model:
+            yield "tokens", "must be at least 1 for a model with fresh weights"
+        length = settings.sequence_length or around.data["sequence_length"]
+        yield from optimization_problems(settings, config_of(model), length)
+
+    def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
+        return (
+            "kvlab.platform.jobs.train",
+            "kvlab.methods.decoder",
+            "kvlab.methods.store",
+            "kvlab.kernels.attention",
+            *axis_sources(method_of(spec["method"])),
+        )
+
+    def predict(self, spec: Mapping[str, Any], parents: Mapping[str, Parent]) -> Prediction:
+        from kvlab.platform.jobs.cost import training
+
+        return training(config_of(spec["model"]), method_of(spec["method"]), spec)
+
+
+def _model(settings: TrainSettings, around: Surroundings) -> Mapping[str, Any]:
+    if settings.model is None:
+        return around.model
+    return resolve_model(settings.model, around.data["vocab_size"], Path(around.data["folder"]))
+
+
+def optimization_spec(settings: Optimization, around: Surroundings) -> dict[str, Any]:
+    """Return the part of a spec that train and uptrain share."""
+    spec = {
+        "method": settings.method.to_dict(),
+        "sequence_length": settings.sequence_length or around.data["sequence_length"],
+        "betas": list(settings.betas),
+        "seed": around.seed,
+    }
+    same = set(Optimization.model_fields) - set(spec)
+    return spec | {name: getattr(settings, name) for name in sorted(same)}
+
+
+def optimization_problems(
+    settings: Optimization, config: Any, length: int
+) -> Iterable[tuple[str, str]]:
+    """Yield what does not fit between the method, the model's sizes and the sequence length."""
+    for name, message in compatible(settings.method, config):
+        yield f"method.{name}", message
+    block = settings.method.choices.get("granularity")
+    step = getattr(block.params, "block_length", 1) if block is not None else 1
+    if length % step:
+        yield (
+            f"method.{block.value.name}.block_length" if block else "method",
+            f"must divide sequence_length ({length}), found {step}",
+        )
+    elif length < 2 * step:
+        yield (
+            f"method.{block.value.name}.block_length" if block else "method",
+            f"must be at most half of sequence_length ({length}), found {step}: "
+            "the first block is never predicted",
+        )
+    if length > config.max_positions:
+        yield (
+            "sequence_length",
+            f"must be at most the model's max_positions ({config.max_positions}), found {length}",
+        )

@@ -1,0 +1,102 @@
+"""What a user writes under `uptrain:`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from kvlab.platform.jobs.kind import Kind, Parent, Prediction, Settings, Surroundings
+from kvlab.platform.jobs.method import axis_sources
+from kvlab.platform.jobs.model import lineage, method_of
+from kvlab.platform.jobs.reference import One
+from kvlab.platform.jobs.train.settings import (
+    Optimization,
+    optimization_problems,
+    optimization_spec,
+)
+
+
+class Lora(Settings):
+    """Train low-rank additions instead of the weights; they are merged when the job ends."""
+
+    rank: int = Field(default=8, ge=1, le=1024)
+    alpha: float = Field(default=16.0, gt=0)
+    targets: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = None
+
+
+class Distill(Settings):
+    """Learn from another job's model beside the text."""
+
+    from_: One = Field(alias="from")
+    weight: float = Field(default=0.5, ge=0, le=1)
+    temperature: float = Field(default=1.0, gt=0, le=100)
+
+
+class UptrainSettings(Optimization):
+    """`uptrain:` converts another job's model to a method and trains it on."""
+
+    from_: One = Field(alias="from")
+    learning_rate: float = Field(default=1e-3, gt=0, le=1)
+    lora: Lora | None = None
+    distill: Distill | None = None
+
+
+class Uptrain(Kind):
+    """Convert a model to a method and go on training it."""
+
+    name = "uptrain"
+    settings = UptrainSettings
+    references = {"from": "one", "teacher": "one"}
+    reference_paths = {"teacher": "distill.from"}
+    needs_data = True
+    produces_model = True
+    gang = True
+
+    def resolve(self, settings: Settings, around: Surroundings) -> dict[str, Any]:
+        assert isinstance(settings, UptrainSettings)
+        distill, lora = settings.distill, settings.lora
+        return {
+            **optimization_spec(settings, around),
+            "lora": lora and lora.model_dump(mode="json"),
+            "distill": distill and distill.model_dump(exclude={"from_"}),
+        }
+
+    def check(self, settings: Settings, around: Surroundings) -> Iterable[tuple[str, str]]:
+        assert isinstance(settings, UptrainSettings)
+        config, before = lineage(around.parents["from"])
+        wanted = settings.method.to_dict()
+        length = settings.sequence_length or around.data["sequence_length"]
+        yield from optimization_problems(settings, config, length)
+        if before and before != wanted:
+            yield (
+                "from",
+                f"'{around.parents['from'].name}' is already converted "
+                f"({', '.join(name for choice in before.values() for name in choice)}); "
+                "name a job with full attention, or keep its method",
+            )
+        if "teacher" in around.parents:
+            taught, _ = lineage(around.parents["teacher"])
+            if taught.vocab_size != config.vocab_size:
+                yield (
+                    "distill.from",
+                    f"the teacher's vocabulary ({taught.vocab_size}) must equal the model's "
+                    f"({config.vocab_size})",
+                )
+
+    def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
+        return (
+            "kvlab.platform.jobs.uptrain",
+            "kvlab.platform.jobs.train",
+            "kvlab.methods.decoder",
+            "kvlab.methods.store",
+            "kvlab.kernels.attention",
+            *axis_sources(method_of(spec["method"])),
+        )
+
+    def predict(self, spec: Mapping[str, Any], parents: Mapping[str, Parent]) -> Prediction:
+        from kvlab.platform.jobs.cost import training
+
+        config, _ = lineage(parents["from"])
+        return training(config, method_of(spec["method"]), spec)
