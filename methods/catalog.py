@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from kvlab.methods.axis import Preset, Value
+from kvlab.methods.block_transformer import params as block_transformer
 from kvlab.methods.decoder import token
 from kvlab.methods.eviction.full import params as full
 from kvlab.methods.eviction.sliding_window import params as sliding_window
 
 ENTRIES: tuple[Value | Preset, ...] = (
     token.ENTRY,
+    block_transformer.ENTRY,
     full.ENTRY,
     sliding_window.ENTRY,
 )

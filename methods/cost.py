@@ -1,0 +1,70 @@
+"""What a method costs, predicted from sizes alone: parameters, FLOPs, KV bytes. Pure Python.
+
+A FLOP is one addition or one multiplication: a matrix product of [m, k] and [k, n] is 2 m k n. Only
+matrix products count (linear layers, head, attention scores and values); look-ups, norms, softmax
+and rotations do not. Attention counts the key rows a query may read, not the masked ones. A
+training step is three forward passes: the backward pass is two.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+
+from kvlab.methods.axis import Method
+from kvlab.methods.decoder.config import DecoderConfig
+
+
+class Cost(ABC):
+    """The predicted cost of one model under one method; bytes and FLOPs of ONE sequence.
+
+    A value of the granularity axis supplies a subclass: its cost module has `cost(config, method)`.
+    A value of the eviction axis has two functions in its cost module: `rows(params, tokens)`, the
+    rows that a layer keeps of a sequence of so many tokens, which is also what a decode step reads;
+    and `prompt_window(params)`, the window through which a prompt is read, or None.
+    """
+
+    @abstractmethod
+    def body_parameters(self) -> int:
+        """Parameters outside the vocabulary tables (embeddings and head)."""
+
+    @abstractmethod
+    def total_parameters(self) -> int:
+        """All parameters; a tied table counts once."""
+
+    @abstractmethod
+    def train_flops_per_token(self, sequence_length: int) -> float:
+        """FLOPs of a training step per token of its sequences, backward pass included."""
+
+    @abstractmethod
+    def prefill_flops(self, prompt: int) -> float:
+        """FLOPs from a prompt of so many tokens to the first logits."""
+
+    @abstractmethod
+    def decode_flops(self, context: int) -> float:
+        """FLOPs of generating one token that reads a context of so many, its own included."""
+
+    @abstractmethod
+    def kv_bytes(self, tokens: int, itemsize: int) -> int:
+        """Bytes of keys and values kept for a sequence of so many tokens."""
+
+    def kv_bytes_per_token(self, context: int, itemsize: int) -> float:
+        """Bytes kept per token of a sequence of so many."""
+        return self.kv_bytes(context, itemsize) / context
+
+    @abstractmethod
+    def kv_bytes_read_per_token(self, context: int, itemsize: int) -> float:
+        """Bytes of keys and values that generating one token at this context reads."""
+
+    @abstractmethod
+    def first_target(self) -> int:
+        """The first position of a sequence that the model predicts."""
+
+
+def cost_of(config: DecoderConfig, method: Method) -> Cost:
+    """Return the predicted cost of a decoder of these sizes under a method."""
+    value = method["granularity"].value
+    if value.cost is None:
+        raise ValueError(f"method '{value.name}' has no cost module")
+    cost: Cost = importlib.import_module(value.cost).cost(config, method)
+    return cost
