@@ -88,7 +88,7 @@ def test_chat_prompts_are_masked_token_by_token(tmp_path):
 
 def test_too_little_text_is_one_line(tmp_path):
     write(tmp_path / "in", count=1)
-    with pytest.raises(DataError, match="too few to hold out 0.2"):
+    with pytest.raises(DataError, match=r"too few to hold out 0\.2"):
         run(tmp_path)
     (tmp_path / "in" / "000.txt").write_text(" \n")
     with pytest.raises(DataError, match="holds no text"):
