@@ -1,1 +1,4 @@
-"""The SQL store: the truth about workflows, jobs, attempts and metrics. sqlalchemy and alembic alone."""
+"""The SQL store: the truth about workflows, jobs, attempts and metrics.
+
+Nothing here imports sqlalchemy before `kvlab.db.store` is imported.
+"""

@@ -42,6 +42,9 @@ MOVES: dict[JobState, frozenset[JobState]] = {
     JobState.CANCELLED: frozenset({JobState.WAITING}),
 }
 
+REUSABLE = frozenset({JobState.WAITING, JobState.QUEUED})
+"""States from which a job may become DONE with another workflow's result, without an attempt."""
+
 
 class Cause(StrEnum):
     """Why an attempt ended."""

@@ -1,0 +1,100 @@
+"""How kvlab connects: one engine per store, set up the same way for every transaction."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import quote
+
+from sqlalchemy import URL, Connection, Engine, QueuePool, create_engine, event
+from sqlalchemy.exc import DBAPIError
+
+from kvlab.db.errors import StoreError
+from kvlab.db.url import path_of, shown
+
+SCHEMA = "kvlab"
+"""The PostgreSQL schema of every table; MLflow and Optuna have their own."""
+
+BUSY_SECONDS = 30.0
+"""How long a SQLite writer waits for another one."""
+
+
+def connect(url: URL, *, read_only: bool = False) -> Engine:
+    """Return an engine for a parsed address. Nothing is opened yet."""
+    if url.get_backend_name() == "sqlite":
+        return _sqlite(url, read_only)
+    engine = create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": 15})
+    event.listen(engine, "connect", _use_schema, insert=True)
+    return engine.execution_options(postgresql_readonly=True) if read_only else engine
+
+
+def reading(engine: Engine) -> Engine:
+    """The same engine for reads: one snapshot per transaction, never waiting for a writer."""
+    if engine.dialect.name == "sqlite":
+        return engine.execution_options(kvlab_reads=True)
+    return engine.execution_options(isolation_level="REPEATABLE READ")
+
+
+@contextmanager
+def told(url: URL) -> Iterator[None]:
+    """Turn a driver's error into a StoreError of one line that holds no password."""
+    try:
+        yield
+    except DBAPIError as error:
+        if not isinstance(error.orig, Exception) or _is_bug(error):
+            raise
+        reason = " ".join(str(error.orig).split())
+        raise StoreError(f"store {shown(url)}: {reason}{_cure(reason)}") from None
+
+
+def _is_bug(error: DBAPIError) -> bool:
+    names = {cls.__name__ for cls in type(error.orig).__mro__}
+    return bool(names & {"ProgrammingError", "IntegrityError", "DataError", "InterfaceError"})
+
+
+def _cure(reason: str) -> str:
+    if "not a database" in reason or "malformed" in reason:
+        return ": the file is damaged or is no SQLite file; move it away or name another one"
+    if "locked" in reason:
+        return ": another process has held it for long; see `kvlab status` for a live controller"
+    if "full" in reason:
+        return ": free some space, then `kvlab resume`"
+    return ""
+
+
+def _sqlite(url: URL, read_only: bool) -> Engine:
+    place = f"file:{quote(str(path_of(url).absolute()))}?mode={'ro' if read_only else 'rwc'}"
+
+    def open_file() -> sqlite3.Connection:
+        # isolation_level None: the driver begins nothing by itself, `_begin` below does.
+        connection = sqlite3.connect(
+            place, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+        )
+        try:
+            connection.execute("PRAGMA foreign_keys = ON")
+            # A killed process loses nothing it committed; only power loss may undo the newest commits.
+            connection.execute("PRAGMA synchronous = NORMAL")
+            if not read_only and connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+                connection.execute("PRAGMA journal_mode = WAL")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    engine = create_engine("sqlite+pysqlite://", creator=open_file, poolclass=QueuePool)
+    event.listen(engine, "begin", _begin)
+    return engine
+
+
+def _begin(connection: Connection) -> None:
+    # A writer takes the lock at once: upgrading a read lock later fails instead of waiting.
+    reads = connection.get_execution_options().get("kvlab_reads", False)
+    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+
+
+def _use_schema(connection: Any, record: Any) -> None:
+    autocommit, connection.autocommit = connection.autocommit, True
+    connection.execute(f"SET SESSION search_path TO {SCHEMA}")
+    connection.autocommit = autocommit
