@@ -130,9 +130,7 @@ class Batch:
             return False
         self._check(head, state)
         if (state is JobState.DONE) != (cause is Cause.DONE):
-            raise IllegalMove(
-                f"job {job_id}: an attempt that ended as {cause} cannot leave {state}"
-            )
+            raise IllegalMove(f"job {job_id}: {cause} does not lead to {state}")
         if state is JobState.DONE and result is None:
             raise IllegalMove(f"job {job_id}: done without a result")
         said = None if message is None else clean(message)

@@ -74,7 +74,7 @@ def _sqlite(url: URL, read_only: bool) -> Engine:
         )
         try:
             connection.execute("PRAGMA foreign_keys = ON")
-            # A killed process loses nothing it committed; only power loss may undo the newest commits.
+            # A killed process loses nothing it committed; a power cut may undo the newest commits.
             connection.execute("PRAGMA synchronous = NORMAL")
             if not read_only and connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
                 connection.execute("PRAGMA journal_mode = WAL")

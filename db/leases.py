@@ -7,7 +7,7 @@ whatever any clock says.
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, case, or_, select, update
+from sqlalchemy import ColumnElement, Connection, case, or_, select, update
 
 from kvlab.db.errors import Held, IllegalMove, LeaseLost, NotFound
 from kvlab.db.rows import Lease
@@ -93,5 +93,5 @@ def guard(connection: Connection, lease: Lease) -> WorkflowState:
     return WorkflowState(state)
 
 
-def _mine(lease: Lease) -> tuple[object, ...]:
+def _mine(lease: Lease) -> tuple[ColumnElement[bool], ...]:
     return (_W.id == lease.workflow_id, _W.token == lease.token, _W.owner == lease.owner)

@@ -12,19 +12,23 @@ from kvlab.db.tables import METRICS
 
 _M = METRICS.c
 
-_REPLACE = (
-    "ON CONFLICT (job_id, key, step) DO UPDATE SET attempt = excluded.attempt,"
-    " value = excluded.value, time_ms = excluded.time_ms"
-    " WHERE excluded.attempt >= metrics.attempt"
-)
-_COLUMNS = "INSERT INTO metrics (job_id, attempt, key, step, value, time_ms)"
-_SQLITE = f"{_COLUMNS} VALUES (?, ?, ?, ?, ?, ?) {_REPLACE}"
+# Written out: the statements are sent as they stand, a thousand rows at a time.
+_SQLITE = """
+INSERT INTO metrics (job_id, attempt, key, step, value, time_ms) VALUES (?, ?, ?, ?, ?, ?)
+ON CONFLICT (job_id, key, step) DO UPDATE
+SET attempt = excluded.attempt, value = excluded.value, time_ms = excluded.time_ms
+WHERE excluded.attempt >= metrics.attempt
+"""
 # One statement and four arrays: no round trip or plan per row.
-_POSTGRES = (
-    f"{_COLUMNS} SELECT %(job)s, %(attempt)s, * FROM unnest("
-    "%(keys)s::text[], %(steps)s::bigint[], %(values)s::double precision[], %(times)s::bigint[]) "
-    + _REPLACE
-)
+_POSTGRES = """
+INSERT INTO metrics (job_id, attempt, key, step, value, time_ms)
+SELECT %(job)s, %(attempt)s, point.* FROM unnest(
+    %(keys)s::text[], %(steps)s::bigint[], %(values)s::double precision[], %(times)s::bigint[]
+) AS point
+ON CONFLICT (job_id, key, step) DO UPDATE
+SET attempt = excluded.attempt, value = excluded.value, time_ms = excluded.time_ms
+WHERE excluded.attempt >= metrics.attempt
+"""
 
 
 def write(

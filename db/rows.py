@@ -81,7 +81,10 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AttemptRow:
-    """One try at a job. `from_step` is the checkpoint it began from; `lost_seconds` what its end cost."""
+    """One try at a job.
+
+    `from_step` is the checkpoint it began from, `lost_seconds` what its end cost.
+    """
 
     number: int
     worker: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sqlalchemy import Connection, Engine, inspect, text
+from sqlalchemy import Connection, Engine, column, inspect, select, table, text
 
 from kvlab.db.engine import SCHEMA
 from kvlab.db.errors import NoStore, StoreError, WrongVersion
@@ -17,7 +17,9 @@ def current(connection: Connection) -> str | None:
     """The revision of the store, or None where it has no kvlab tables."""
     if VERSION_TABLE not in inspect(connection).get_table_names(schema=_schema(connection)):
         return None
-    found = connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar()
+    found = connection.execute(
+        select(column("version_num")).select_from(table(VERSION_TABLE))
+    ).scalar()
     return None if found is None else str(found)
 
 
