@@ -1,0 +1,77 @@
+"""The two caches of the token decoder: of one parallel pass with padding, and of generation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvlab.methods.cache.ephemeral import EphemeralCache
+from kvlab.methods.cache.interface import Cache, Keys
+from kvlab.methods.decoder.config import DecoderConfig
+
+
+class MaskedPass(EphemeralCache):
+    """A pass whose padding is masked as keys but still queries.
+
+    The row of a pad predicts the first real token after it, so it must read the prefix; the
+    position of a row stays its place in the block (fact 1.5).
+
+    Args:
+        key_positions: [M, R], EMPTY on padding.
+    """
+
+    def __init__(self, key_positions: Tensor) -> None:
+        super().__init__()
+        self._key_positions = key_positions
+
+    def read(self, layer: int) -> Keys:
+        return super().read(layer)._replace(positions=self._key_positions)
+
+
+class BlockRows(Cache):
+    """The keys and values of the block that is being generated: storages reused for every block.
+
+    Attributes:
+        vectors: [B, n, D_t], what the block's context was expanded to.
+        memory: per layer, keys and values of those vectors where layers read them by
+            cross-attention; empty otherwise.
+
+    Args:
+        config: of the token decoder.
+        batch: sequences.
+        rows: most rows of one block.
+        device, dtype: of the storages.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, batch: int, rows: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        shape = (2, batch, config.kv_heads, rows, config.head_dim)
+        self._layers = [
+            torch.empty(shape, device=device, dtype=dtype) for _ in range(config.layers)
+        ]
+        self._held = 0
+        self._arriving = 0
+        self.vectors = torch.empty(0)
+        self.memory: list[Tensor] = []
+
+    def begin(self, vectors: Tensor, memory: list[Tensor]) -> None:
+        """Forget the last block and begin one; the storages stay."""
+        self._held = 0
+        self.vectors, self.memory = vectors, memory
+
+    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor | None) -> None:
+        self._arriving = k.shape[2]
+        end = self._held + self._arriving
+        self._layers[layer][0, :, :, self._held : end] = k
+        self._layers[layer][1, :, :, self._held : end] = v
+
+    def read(self, layer: int) -> Keys:
+        k, v = self._layers[layer][:, :, :, : self._held + self._arriving]
+        return Keys(k, v, None)
+
+    def finish(self) -> None:
+        self._held += self._arriving
+
+    def nbytes(self) -> int:
+        return sum(t.untyped_storage().nbytes() for t in (*self._layers, *self.memory))
