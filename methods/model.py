@@ -72,6 +72,13 @@ class LanguageModel(nn.Module, ABC):
         """
 
     @abstractmethod
+    def predictions(self, ids: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return what `forward` scores with: logits [B, T, V] and `Score.scored` [B, T].
+
+        Row t of the logits predicts token t given its past; rows not scored hold nothing meaningful.
+        """
+
+    @abstractmethod
     def start(
         self,
         ids: Tensor,

@@ -81,6 +81,12 @@ class BlockTransformer(LanguageModel):
         blocks, real = self.blocks(ids, valid)
         return self.token_decoder.decoder.head(self._predict(blocks, real))
 
+    def predictions(self, ids: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        tokens = ids.shape[1]
+        logits = self.logits(ids, valid).flatten(1, 2)
+        logits = F.pad(logits, (0, 0, self.params.block_length, 0))
+        return logits[:, :tokens], self.scored(*self.blocks(ids, valid))[:, :tokens]
+
     def blocks(self, ids: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Cut ids [B, T] into blocks [B, n, L_B], the tail padded; valid likewise, or None.
 

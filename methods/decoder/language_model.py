@@ -41,12 +41,12 @@ class TokenModel(LanguageModel):
     def forward(self, ids: Tensor, valid: Tensor | None = None) -> Score:
         hidden = self.decoder.body(self.decoder.embed(ids), positions_of(valid), ids=ids)
         nll = F.pad(negative_log_likelihood(self.decoder, hidden[:, :-1], ids[:, 1:]), (1, 0))
-        scored = torch.ones_like(ids, dtype=torch.bool)
-        scored[:, 0] = False
-        if valid is not None:
-            scored[:, 1:] = valid[:, 1:] & valid[:, :-1]
-            nll = nll.masked_fill(~scored, 0.0)
-        return Score(nll, scored)
+        scored = scored_of(ids, valid)
+        return Score(nll if valid is None else nll.masked_fill(~scored, 0.0), scored)
+
+    def predictions(self, ids: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        hidden = self.decoder.body(self.decoder.embed(ids), positions_of(valid), ids=ids)
+        return F.pad(self.decoder.head(hidden[:, :-1]), (0, 0, 1, 0)), scored_of(ids, valid)
 
     def start(
         self,
@@ -112,6 +112,15 @@ class TokenSession(Session):
 
     def kv_tokens(self) -> int:
         return int(self._prompt) + self._steps * len(self._next)
+
+
+def scored_of(ids: Tensor, valid: Tensor | None) -> Tensor:
+    """Mark the tokens [B, T] that follow another of their sequence."""
+    scored = torch.ones_like(ids, dtype=torch.bool)
+    scored[:, 0] = False
+    if valid is not None:
+        scored[:, 1:] = valid[:, 1:] & valid[:, :-1]
+    return scored
 
 
 def positions_of(valid: Tensor | None) -> Tensor | None:
