@@ -30,6 +30,7 @@ class BlockTransformerParams:
         ratio: block decoder layers per token decoder layer (`split` only).
         block_layers, token_layers: explicit counts, instead of the ratio.
         token_width: the token decoder's width where it differs (as in MEGABYTE).
+        token_heads: query heads of such a token decoder; None: heads keep their size.
         random_padding, pad_to_block_boundary: how documents are packed for training.
         uptrain_embedder: what an uptrained `projection` starts as: `mean` of the token embeddings.
         uptrain_expansion: what an uptrained `linear` expansion starts as: `identity`, stacked.
@@ -49,6 +50,7 @@ class BlockTransformerParams:
     block_layers: Annotated[int, Range(1, 512)] | None = None
     token_layers: Annotated[int, Range(1, 512)] | None = None
     token_width: Annotated[int, Range(8, 65536, log=True)] | None = None
+    token_heads: Annotated[int, Range(1, 512)] | None = None
     random_padding: bool = True
     pad_to_block_boundary: bool = True
     uptrain_embedder: Literal["mean", "random"] = "mean"
@@ -64,6 +66,8 @@ def check(params: BlockTransformerParams, config: DecoderConfig | None) -> Itera
     """Yield what makes these params impossible, for `config` where it is known."""
     if params.layers != "split" and (params.block_layers or params.token_layers):
         yield f"block_layers, token_layers: set by layers '{params.layers}'; leave them out"
+    if params.token_heads is not None and params.token_width is None:
+        yield "token_heads: only beside token_width; leave it out"
     if config is None:
         return
     from kvlab.methods.block_transformer.sizes import sizes

@@ -53,7 +53,7 @@ def sizes(config: DecoderConfig, params: BlockTransformerParams) -> Sizes:
     )
     token = config.with_(layers=token_layers, windows=None, max_positions=rows)
     if params.token_width is not None:
-        token = _widen(token, params.token_width)
+        token = _resize(token, params.token_width, params.token_heads)
     if params.expansion == "repeat" and token.width != config.width:
         raise MethodError(
             f"expansion 'repeat' needs decoders of one width, found {config.width} and "
@@ -104,18 +104,20 @@ def _of_block(windows: tuple[int | None, ...], layers: int) -> tuple[int | None,
     return tuple(windows[i % len(windows)] for i in range(layers))
 
 
-def _widen(token: DecoderConfig, width: int) -> DecoderConfig:
-    if width % token.head_dim or (width // token.head_dim) % (token.heads // token.kv_heads):
-        group = token.heads // token.kv_heads
+def _resize(token: DecoderConfig, width: int, heads: int | None) -> DecoderConfig:
+    group = token.heads // token.kv_heads
+    heads = heads or width // token.head_dim
+    head_dim = width // heads if heads else 0
+    if head_dim * heads != width or heads % group:
         raise MethodError(
-            f"token_width {width} holds no whole number of heads: use a multiple of "
-            f"{token.head_dim * group}"
+            f"token_width {width} is no whole number of heads: use a multiple of "
+            f"{token.head_dim * group}, or give token_heads"
         )
-    heads = width // token.head_dim
     return token.with_(
         width=width,
         heads=heads,
-        kv_heads=heads * token.kv_heads // token.heads,
+        kv_heads=heads // group,
+        head_dim=head_dim,
         ffn_width=max(1, token.ffn_width * width // token.width),
     )
 
