@@ -17,16 +17,34 @@ from kvlab.db.url import path_of, shown
 SCHEMA = "kvlab"
 """The PostgreSQL schema of every table; MLflow and Optuna have their own."""
 
-BUSY_SECONDS = 30.0
-"""How long a SQLite writer waits for another one."""
+WAIT_SECONDS = 30
+"""How long a writer waits for another one before it gives up."""
+
+IDLE_SECONDS = 60
+"""PostgreSQL ends a transaction idle for so long, so that a hung holder blocks nobody for ever."""
+
+INSUFFICIENT_PRIVILEGE = "42501"
+CURES = {
+    "not a database": "name another file, or move this one away",
+    "malformed": "the file is damaged; restore a copy, or move it away",
+    "locked": "another process holds it; `kvlab status` shows live controllers",
+    "full": "free some space, then `kvlab resume`",
+    "permission denied": "grant the user CREATE on the database, or USAGE on schema kvlab",
+}
+"""What to do, by words of the driver's message."""
 
 
 def connect(url: URL, *, read_only: bool = False) -> Engine:
     """Return an engine for a parsed address. Nothing is opened yet."""
     if url.get_backend_name() == "sqlite":
         return _sqlite(url, read_only)
-    engine = create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": 15})
-    event.listen(engine, "connect", _use_schema, insert=True)
+    engine = create_engine(
+        url,
+        isolation_level="READ COMMITTED",
+        pool_pre_ping=True,
+        connect_args={"connect_timeout": 15},
+    )
+    event.listen(engine, "connect", _set_up, insert=True)
     return engine.execution_options(postgresql_readonly=True) if read_only else engine
 
 
@@ -43,34 +61,42 @@ def told(url: URL) -> Iterator[None]:
     try:
         yield
     except DBAPIError as error:
-        if not isinstance(error.orig, Exception) or _is_bug(error):
+        if _is_bug(error.orig):
             raise
         reason = " ".join(str(error.orig).split())
         raise StoreError(f"store {shown(url)}: {reason}{_cure(reason)}") from None
 
 
-def _is_bug(error: DBAPIError) -> bool:
-    names = {cls.__name__ for cls in type(error.orig).__mro__}
-    return bool(names & {"ProgrammingError", "IntegrityError", "DataError", "InterfaceError"})
+def _is_bug(error: BaseException | None) -> bool:
+    if getattr(error, "sqlstate", None) == INSUFFICIENT_PRIVILEGE:
+        return False
+    names = {cls.__name__ for cls in type(error).__mro__}
+    return bool(names & {"ProgrammingError", "IntegrityError", "DataError"})
 
 
 def _cure(reason: str) -> str:
-    if "not a database" in reason or "malformed" in reason:
-        return ": the file is damaged or is no SQLite file; move it away or name another one"
-    if "locked" in reason:
-        return ": another process has held it for long; see `kvlab status` for a live controller"
-    if "full" in reason:
-        return ": free some space, then `kvlab resume`"
+    for words, cure in CURES.items():
+        if words in reason:
+            return f": {cure}"
     return ""
 
 
 def _sqlite(url: URL, read_only: bool) -> Engine:
-    place = f"file:{quote(str(path_of(url).absolute()))}?mode={'ro' if read_only else 'rwc'}"
+    path = path_of(url).absolute()
+    place = f"file:{quote(str(path))}?mode={'ro' if read_only else 'rwc'}"
+    if not read_only:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"store {shown(url)}: its folder cannot be made ({error.strerror}): "
+                "name a folder of yours"
+            ) from None
 
     def open_file() -> sqlite3.Connection:
         # isolation_level None: the driver begins nothing by itself, `_begin` below does.
         connection = sqlite3.connect(
-            place, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            place, uri=True, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False
         )
         try:
             connection.execute("PRAGMA foreign_keys = ON")
@@ -94,7 +120,9 @@ def _begin(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
 
 
-def _use_schema(connection: Any, record: Any) -> None:
+def _set_up(connection: Any, record: Any) -> None:
     autocommit, connection.autocommit = connection.autocommit, True
     connection.execute(f"SET SESSION search_path TO {SCHEMA}")
+    connection.execute(f"SET SESSION lock_timeout TO '{WAIT_SECONDS}s'")
+    connection.execute(f"SET SESSION idle_in_transaction_session_timeout TO '{IDLE_SECONDS}s'")
     connection.autocommit = autocommit

@@ -9,6 +9,7 @@ from sqlalchemy import Connection, delete, select
 
 from kvlab.db.rows import Point
 from kvlab.db.tables import METRICS
+from kvlab.db.text import clean
 
 _M = METRICS.c
 
@@ -41,7 +42,7 @@ def write(
 
     Of several rows of one key and step the last counts.
     """
-    newest = {(key, step): (value, time) for key, step, value, time in rows}
+    newest = {(clean(key), step): (value, time) for key, step, value, time in rows}
     if not newest:
         return 0
     if connection.dialect.name == "sqlite":

@@ -51,7 +51,7 @@ def finished(connection: Connection, identities: Iterable[str]) -> dict[str, Fin
         select(_J.identity, _J.id, _J.workflow_id, _J.result, _R.uri, _J.ended_at)
         .outerjoin(ARTIFACTS, (_R.job_id == _J.id) & (_R.role == "result"))
         .where(_J.state == JobState.DONE.value, _J.reused_from.is_(None))
-        .order_by(_J.id)
+        .order_by(_J.ended_at, _J.id)
     )
     for first in range(0, len(wanted), _AT_ONCE):
         some = done.where(_J.identity.in_(wanted[first : first + _AT_ONCE]))

@@ -6,7 +6,6 @@ transaction. (A power cut may undo the newest commits on SQLite, never corrupt t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,9 +13,10 @@ from typing import Any
 from sqlalchemy import Connection, Engine, insert
 
 from kvlab.db import leases, points, queries, versions
-from kvlab.db.batches import Batch, clean
+from kvlab.db.batches import Batch
 from kvlab.db.engine import connect, reading, told
 from kvlab.db.errors import NoStore
+from kvlab.db.pending import Pending
 from kvlab.db.rows import (
     Event,
     FinishedJob,
@@ -29,6 +29,7 @@ from kvlab.db.rows import (
 )
 from kvlab.db.states import JobState, WorkflowState
 from kvlab.db.tables import JOBS, WORKFLOWS
+from kvlab.db.text import clean, dump
 from kvlab.db.url import parse, path_of, shown
 
 
@@ -61,8 +62,6 @@ class Store:
         local = parsed.get_backend_name() == "sqlite"
         if local and read_only and not path_of(parsed).exists():
             raise NoStore(f"there is no store at {place} yet: `kvlab run` makes it")
-        if local and not read_only:
-            path_of(parsed).parent.mkdir(parents=True, exist_ok=True)
         engine = connect(parsed, read_only=read_only)
         try:
             with told(parsed):
@@ -98,7 +97,7 @@ class Store:
             added = insert(WORKFLOWS).values(
                 name=clean(name),
                 text=clean(text),
-                report=json.dumps(report),
+                report=dump(report),
                 state=WorkflowState.RUNNING.value,
                 created_at=now,
                 token=0,
@@ -144,9 +143,9 @@ class Store:
         """
         with self._writing() as connection:
             leases.guard(connection, lease)
-            batch = Batch(connection, lease, now)
-            yield batch
-            batch.write()
+            pending = Pending(connection, lease.workflow_id, now)
+            yield Batch(pending)
+            pending.write()
 
     def finished(self, identities: Iterable[str]) -> dict[str, FinishedJob]:
         """The newest finished job of each identity that has one."""
@@ -211,12 +210,12 @@ def _new(workflow_id: int, job: NewJob) -> dict[str, Any]:
         "state": (JobState.WAITING if waits else JobState.QUEUED).value,
         "attempt": 0,
         "identity": clean(job.identity),
-        "axes": json.dumps(dict(job.axes)),
-        "parents": json.dumps(dict(job.parents)),
-        "needs": json.dumps(list(job.needs)),
-        "parts": json.dumps(dict(job.parts)),
-        "resources": json.dumps(dict(job.resources)),
-        "retries": json.dumps(dict(job.retries)),
+        "axes": dump(dict(job.axes)),
+        "parents": dump(dict(job.parents)),
+        "needs": dump(list(job.needs)),
+        "parts": dump(dict(job.parts)),
+        "resources": dump(dict(job.resources)),
+        "retries": dump(dict(job.retries)),
         "timeout": job.timeout,
-        "spec": json.dumps(dict(job.spec)),
+        "spec": dump(dict(job.spec)),
     }

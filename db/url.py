@@ -27,6 +27,11 @@ def parse(text: str) -> URL:
     if dialect == "postgres":
         dialect = "postgresql"
     if dialect == "sqlite":
+        if url.query:
+            raise StoreError(
+                f"store address {shown(url)}: a file takes no options; "
+                "write a '?' in its path as %3F"
+            )
         if not url.database or url.database == ":memory:" or url.database.startswith("file:"):
             raise StoreError(
                 f"store address {shown(url)} names no file: the store must outlive its process; "
