@@ -1,0 +1,1 @@
+"""What train and uptrain share: one loop, one objective, gangs, exact checkpoints."""

@@ -1,0 +1,49 @@
+"""The uptrain job: a trained model converted to a method, and trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kvlab.methods.axis import from_dict
+from kvlab.methods.build import convert
+from kvlab.methods.model import LanguageModel
+from kvlab.methods.store import load
+from kvlab.platform.jobs import environment
+from kvlab.platform.jobs.context import Context
+from kvlab.platform.jobs.train.run import publish
+from kvlab.platform.jobs.training.gang import join
+from kvlab.platform.jobs.training.loop import Training, rows_of
+from kvlab.platform.jobs.training.objective import Objective
+from kvlab.platform.jobs.uptrain import lora
+
+
+def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
+    """Publish the uptrained model, as the train job does.
+
+    Args:
+        spec: of a train job without `model`, and `lora`, `distill`. Parents: "from", "data", and
+            "teacher" where it is not the parent that is learnt from.
+
+    Raises:
+        Diverged, Stopped: see `Training.run`.
+        KvlabError: the parent cannot be converted, or the parts do not fit together.
+    """
+    device = environment.prepare(context, spec["seed"])
+    with join(context) as gang:
+        model = convert(load(context.inputs["from"]), from_dict(spec["method"])).to(device)
+        adapter = lora.attach(model, spec["lora"]) if spec["lora"] else None
+        objective = Objective(model)
+        if spec["distill"]:
+            objective = Objective(model, _teacher(context).to(device), **spec["distill"])
+        result = Training(objective, rows_of(model, spec, context), spec, context, gang).run()
+        if adapter is not None:
+            model = lora.merge(adapter)
+        return publish(model, result, context)
+
+
+def _teacher(context: Context) -> LanguageModel:
+    teacher = load(context.inputs.get("teacher", context.inputs["from"]))
+    for parameter in teacher.parameters():
+        parameter.requires_grad_(False)
+    return teacher.eval()
