@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from kvlab import KvlabError
 from kvlab.kernels.attention import EMPTY
@@ -16,9 +15,6 @@ from kvlab.methods.cache.slots import open_cache
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.model import Decoder
 from kvlab.methods.model import LanguageModel, Score, Session
-
-LOGITS_AT_ONCE = 1 << 26
-"""Logits held at a time when scoring; larger batches are scored in chunks of rows."""
 
 
 class TokenModel(LanguageModel):
@@ -40,7 +36,7 @@ class TokenModel(LanguageModel):
 
     def forward(self, ids: Tensor, valid: Tensor | None = None) -> Score:
         hidden = self.decoder.body(self.decoder.embed(ids), positions_of(valid), ids=ids)
-        nll = F.pad(negative_log_likelihood(self.decoder, hidden[:, :-1], ids[:, 1:]), (1, 0))
+        nll = F.pad(self.decoder.nll(hidden[:, :-1], ids[:, 1:]), (1, 0))
         scored = scored_of(ids, valid)
         return Score(nll if valid is None else nll.masked_fill(~scored, 0.0), scored)
 
@@ -128,25 +124,3 @@ def positions_of(valid: Tensor | None) -> Tensor | None:
     if valid is None:
         return None
     return (valid.long().cumsum(1) - 1).masked_fill(~valid, EMPTY)
-
-
-def negative_log_likelihood(decoder: Decoder, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Minus log probability of targets [B, T] given hidden [B, T, W], as [B, T] float32.
-
-    Above `LOGITS_AT_ONCE` the head runs over chunks of rows, and training computes each chunk's
-    logits once more instead of keeping them.
-    """
-    rows, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    chunk = max(1, LOGITS_AT_ONCE // decoder.config.vocab_size)
-
-    def score(some: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(decoder.head(some).float(), target, reduction="none")
-
-    if len(rows) <= chunk:
-        return score(rows, wanted).view_as(targets)
-    parts = zip(rows.split(chunk), wanted.split(chunk), strict=True)
-    if torch.is_grad_enabled():
-        nll = [checkpoint(score, some, target, use_reentrant=False) for some, target in parts]
-    else:
-        nll = [score(some, target) for some, target in parts]
-    return torch.cat(nll).view_as(targets)

@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvlab import KvlabError
+from kvlab.kernels.likelihood import linear_nll
 from kvlab.methods.cache.ephemeral import EphemeralCache
 from kvlab.methods.cache.interface import Cache, Step
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.layers import Layer, Pass, norm
-from kvlab.methods.decoder.rope import Rotation, frequencies
+from kvlab.methods.decoder.rope import Rotation, signed_frequencies
 
 
 class Decoder(nn.Module):
@@ -34,7 +35,7 @@ class Decoder(nn.Module):
         own_head = head and not (config.tie_embeddings and embeddings)
         self.output = nn.Linear(config.width, config.vocab_size, bias=False) if own_head else None
         # Not a buffer: `model.to(bfloat16)` must not round the frequencies.
-        self._frequencies = torch.tensor(frequencies(config), dtype=torch.float32)
+        self._frequencies = signed_frequencies(config)
         self.apply(self._initialise)
 
     def _initialise(self, module: nn.Module) -> None:
@@ -47,7 +48,8 @@ class Decoder(nn.Module):
         """Look up token ids [B, T]; return the residual stream [B, T, W]."""
         if self.embedding is None:
             raise KvlabError("this decoder has no embedding table: it runs over embeddings")
-        return torch.as_tensor(self.embedding(ids))
+        embedded: Tensor = self.embedding(ids)
+        return embedded
 
     def body(
         self,
@@ -79,9 +81,8 @@ class Decoder(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden, step)
         cache.finish()
-        if extra is not None:
-            hidden = hidden[:, :rows]
-        return torch.as_tensor(self.norm(hidden))
+        normed: Tensor = self.norm(hidden if extra is None else hidden[:, :rows])
+        return normed
 
     def _pass(self, hidden: Tensor, positions: Tensor | None, cache: Cache) -> Pass:
         if self._frequencies.device != hidden.device:
@@ -94,10 +95,19 @@ class Decoder(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Map hidden states [..., W] to logits [..., V]."""
+        return F.linear(hidden, self._head_table())
+
+    def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Minus the log probability of targets [B, T] given hidden [B, T, W]: [B, T] float32."""
+        return linear_nll(hidden.flatten(0, 1), self._head_table(), targets.flatten()).view_as(
+            targets
+        )
+
+    def _head_table(self) -> Tensor:
         table = self.output if self.output is not None else self.embedding
         if table is None:
             raise KvlabError("this decoder has no head: it runs over embeddings")
-        return F.linear(hidden, table.weight)
+        return table.weight
 
     def body_parameters(self) -> int:
         """Parameters of the layers and the final norm."""

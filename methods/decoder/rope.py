@@ -37,6 +37,15 @@ def _llama3(frequency: float, scaling: RopeScaling) -> float:
     return (1 - kept) * frequency / scaling.factor + kept * frequency
 
 
+def signed_frequencies(config: DecoderConfig) -> Tensor:
+    """[-f, f] in float32, `rotary_dim` of them.
+
+    The sine is odd, so the first half of each pair gets the minus sign that its rotation needs.
+    """
+    f = torch.tensor(frequencies(config), dtype=torch.float32)
+    return torch.cat((-f, f))
+
+
 class Rotation:
     """The cosines and sines of one set of positions, shared by all layers of a pass.
 
@@ -44,14 +53,13 @@ class Rotation:
     """
 
     def __init__(self, frequencies: Tensor, positions: Tensor, dtype: torch.dtype) -> None:
-        """Args: frequencies [R/2] float32; positions [B, T], [T] or [B, H, T] integers."""
+        """Args: frequencies: `signed_frequencies`; positions: [B, T] or [B, H, T] integers."""
         angles = positions.unsqueeze(-1) * frequencies
         if angles.dim() == 3:
-            angles = angles.unsqueeze(1)  # [B, 1, T, R/2]: the same for all heads
-        cos, sin = angles.cos(), angles.sin()
-        self.cos = torch.cat((cos, cos), -1).to(dtype)
-        self.sin = torch.cat((-sin, sin), -1).to(dtype)
-        self.dim = 2 * frequencies.numel()
+            angles = angles.unsqueeze(1)  # [B, 1, T, R]: the same for all heads
+        self.cos = angles.cos().to(dtype)
+        self.sin = angles.sin().to(dtype)
+        self.dim = frequencies.numel()
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rotate x [B, H, T, D]; dimensions past `rotary_dim` pass through."""
