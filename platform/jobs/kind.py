@@ -52,7 +52,8 @@ class Surroundings:
     data: Mapping[str, Any]
     parents: Mapping[str, Parent]
     siblings: Mapping[str, tuple[Parent, ...]] = field(default_factory=dict)
-    """role -> every parent that the whole YAML job refers to in that role, over all its cells."""
+    """role -> a parent of every distinct model that the whole YAML job refers to in that role."""
+    resources: Resources = Resources()
 
 
 class Kind(ABC):
@@ -66,6 +67,7 @@ class Kind(ABC):
         measured: identity includes device, thread count and driver (benchmarks).
         produces_model: its artifact folder can be loaded by `kvlab.methods.store.load`.
         gang: it can run as several workers (`resources: {workers: N}`).
+        incidental: spec keys that do not decide the result, so no part of the identity.
     """
 
     name: ClassVar[str]
@@ -76,6 +78,7 @@ class Kind(ABC):
     measured: ClassVar[bool] = False
     produces_model: ClassVar[bool] = False
     gang: ClassVar[bool] = False
+    incidental: ClassVar[frozenset[str]] = frozenset()
     resources: ClassVar[Resources] = Resources()
 
     @abstractmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields
-from functools import lru_cache
+from functools import cache
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -22,7 +22,7 @@ class _Params(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-@lru_cache(maxsize=None)
+@cache
 def params_model(params: type) -> type[BaseModel]:
     """Return the pydantic model of a params dataclass: its types, ranges and defaults."""
     hints = get_type_hints(params, include_extras=True)
@@ -121,7 +121,7 @@ def _entry(name: Any, raw: Any, when: When) -> Iterator[tuple[Path, str]]:
         yield (name,), f"unknown method: {suggest(name, known)}"
         return
     entry = REGISTRY.find(name)
-    misplaced = [v for v in _values(entry) if (v.axis in TRAIN_TIME) != (when == "train")]
+    misplaced = [value for value in _values(entry) if not _belongs(value, when)]
     if name not in known and misplaced:
         yield (name,), _elsewhere(name, misplaced[0], when)
         return
@@ -168,14 +168,18 @@ def _values(entry: Value | Preset) -> list[Value]:
     return [value for value in found if isinstance(value, Value)]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _names(when: When) -> tuple[str, ...]:
     chosen = []
     for name in REGISTRY.names():
-        axes = {value.axis for value in _values(REGISTRY.find(name))}
-        if not axes or all((axis in TRAIN_TIME) == (when == "train") for axis in axes):
+        if all(_belongs(value, when) for value in _values(REGISTRY.find(name))):
             chosen.append(name)
     return tuple(chosen)
+
+
+def _belongs(value: Value, when: When) -> bool:
+    """Train-time axes stand under `method:`, the others under `apply:`; a default says nothing new."""
+    return value.default or (value.axis in TRAIN_TIME) == (when == "train")
 
 
 def names(when: When) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import lru_cache
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 from pydantic import Field, create_model
 
 from kvlab import KvlabError
-from kvlab.methods.axis import Method
+from kvlab.methods.axis import Method, from_dict
 from kvlab.methods.decoder.config import PRESETS, DecoderConfig
 from kvlab.platform.jobs.field import suggest
 from kvlab.platform.jobs.kind import Parent, Settings
@@ -48,13 +49,13 @@ ModelSettings: type[Settings] = create_model(
 )
 
 
-def resolve_model(settings: Settings, vocab_size: int | None, folder: Path) -> dict[str, Any]:
+def resolve_model(settings: Settings, data: Mapping[str, Any]) -> dict[str, Any]:
     """Return the `model` part of a spec: {"config": ...} or {"checkpoint": ..., "fingerprint": ...}.
 
     Args:
         settings: a ModelSettings.
-        vocab_size: what the tokenizer needs; None where a workflow has no data.
-        folder: what relative checkpoint paths start from.
+        data: `Surroundings.data`: vocab_size (None where a workflow has no data), folder that
+            relative paths start from, contents that digests files.
 
     Raises:
         ModelError: an unknown preset, missing sizes, sizes that do not fit together.
@@ -67,7 +68,7 @@ def resolve_model(settings: Settings, vocab_size: int | None, folder: Path) -> d
         if written or preset:
             extra = ", ".join([*(["preset"] if preset else []), *written])
             raise ModelError(f"a checkpoint brings its own sizes: remove {extra}")
-        return _from_checkpoint((folder / checkpoint).absolute(), vocab_size)
+        return _from_checkpoint((Path(data["folder"]) / checkpoint).absolute(), data)
     if preset is not None:
         if preset not in PRESETS:
             raise ModelError(f"preset: unknown preset '{preset}': {suggest(preset, list(PRESETS))}")
@@ -80,7 +81,7 @@ def resolve_model(settings: Settings, vocab_size: int | None, folder: Path) -> d
                 f"needs {', '.join(missing)} (or a preset: {', '.join(PRESETS)}; or a checkpoint)"
             )
         sizes = _defaults(written)
-    needed = vocab_size or 1
+    needed = data["vocab_size"] or 1
     if sizes.setdefault("vocab_size", needed) < needed:
         raise ModelError(f"vocab_size: the tokenizer has {needed}, found {sizes['vocab_size']}")
     return {"config": _config(sizes).to_dict()}
@@ -107,16 +108,18 @@ def _config(sizes: Mapping[str, Any]) -> DecoderConfig:
         raise ModelError(str(error)) from None
 
 
-def _from_checkpoint(path: Path, vocab_size: int | None) -> dict[str, Any]:
-    from kvlab.platform.jobs.checkpoint import fingerprint, read_config
+def _from_checkpoint(path: Path, data: Mapping[str, Any]) -> dict[str, Any]:
+    from kvlab.platform.jobs.checkpoint import check_weights, read_config
 
     config = read_config(path)
-    if vocab_size is not None and vocab_size > config.vocab_size:
+    check_weights(path)
+    needed = data["vocab_size"]
+    if needed is not None and needed > config.vocab_size:
         raise ModelError(
             f"checkpoint: '{path}' has a vocabulary of {config.vocab_size}, the tokenizer needs "
-            f"{vocab_size}: set data.tokenizer to {{path: {path}}}"
+            f"{needed}: give data.tokenizer the checkpoint's own, {{path: FOLDER}}"
         )
-    return {"checkpoint": str(path), "fingerprint": fingerprint(path)}
+    return {"checkpoint": str(path), "fingerprint": data["contents"].checkpoint(path)}
 
 
 def config_of(model: Mapping[str, Any]) -> DecoderConfig:
@@ -149,16 +152,28 @@ def _cached_config(frozen: tuple[tuple[str, Any], ...]) -> DecoderConfig:
 
 def lineage(parent: Parent) -> tuple[DecoderConfig, dict[str, Any]]:
     """Return the sizes and the canonical train-time method of the model that `parent` publishes."""
-    root = parent
-    while "model" not in root.spec:
-        if "from" not in root.parents:
+    return config_of(_origin(parent).spec["model"]), dict(parent.spec.get("method", {}))
+
+
+def model_key(parent: Parent) -> str:
+    """Return a text that is equal for parents whose models have equal sizes and methods."""
+    made = {"model": _origin(parent).spec["model"], "method": parent.spec.get("method", {})}
+    return json.dumps(made, sort_keys=True)
+
+
+def _origin(parent: Parent) -> Parent:
+    while "model" not in parent.spec:
+        if "from" not in parent.parents:
             raise ModelError(f"'{parent.name}' ({parent.kind}) publishes no model")
-        root = root.parents["from"]
-    return config_of(root.spec["model"]), dict(parent.spec.get("method", {}))
+        parent = parent.parents["from"]
+    return parent
 
 
 def method_of(canonical: Mapping[str, Any]) -> Method:
     """Return the Method of a canonical dict."""
-    from kvlab.methods.axis import from_dict
+    return _cached_method(json.dumps(canonical))
 
-    return from_dict(dict(canonical))
+
+@lru_cache(maxsize=1024)
+def _cached_method(canonical: str) -> Method:
+    return from_dict(json.loads(canonical))

@@ -58,7 +58,7 @@ class Benchmark(Kind):
             "warmup": settings.warmup,
             "apply": settings.apply.to_dict(),
             "kv_budget": settings.kv_budget,
-            "dtype": settings.dtype,
+            "dtype": _dtype(settings.dtype, around),
             "seed": around.seed,
         }
 
@@ -88,3 +88,9 @@ class Benchmark(Kind):
 
         config, trained = lineage(parents["of"])
         return generating(config, method_of(trained), method_of(spec["apply"]), spec)
+
+
+def _dtype(written: str, around: Surroundings) -> str:
+    if written != "auto":
+        return written
+    return "bfloat16" if around.resources.gpus else "float32"

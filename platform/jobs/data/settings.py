@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from kvlab.platform.data.files import pattern_of
 from kvlab.platform.jobs.field import nested, wrong
 from kvlab.platform.jobs.kind import Kind, Settings, Surroundings
 from kvlab.platform.jobs.quantities import Count
 
 SOURCES = ("python", "text", "folder", "hub")
 TOKENIZERS = ("bpe", "path", "bytes")
-BYTES_VOCABULARY = 256
 _DETAILS = {
     "pattern": ("folder",),
     "config": ("hub",),
@@ -119,17 +119,12 @@ def resolve_source(source: Source, layout: str, folder: Path) -> dict[str, Any]:
     if source.text is not None:
         found: dict[str, Any] = {"kind": "text", "path": str((folder / source.text).absolute())}
     elif source.folder is not None:
-        pattern = source.pattern or ("**/*.jsonl" if layout == "chat" else "**/*.txt")
-        path = str((folder / source.folder).absolute())
-        found = {"kind": "folder", "path": path, "pattern": pattern}
+        found = {"kind": "folder", "path": str((folder / source.folder).absolute())}
+        found["pattern"] = pattern_of({"pattern": source.pattern}, layout)
     else:
         assert source.hub is not None
         local = folder / source.hub
         name = str(local.absolute()) if local.is_dir() else source.hub
-        found = {"kind": "hub", "name": name, "config": source.config}
-        found |= {"split": source.split or "train", "column": source.column or "text"}
-        if source.revision is not None:
-            found["revision"] = source.revision
-    if source.column is not None:
-        found["column"] = source.column
-    return found
+        found = {"kind": "hub", "name": name, "split": source.split or "train"}
+        found |= {"config": source.config, "revision": source.revision}
+    return {**found, "column": source.column}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -12,8 +11,12 @@ from kvlab.methods.axis import Method
 from kvlab.platform.jobs.field import nested
 from kvlab.platform.jobs.kind import Kind, Parent, Prediction, Settings, Surroundings
 from kvlab.platform.jobs.method import MethodField, axis_sources, compatible
-from kvlab.platform.jobs.model import ModelSettings, config_of, method_of, resolve_model
+from kvlab.platform.jobs.model import ModelError, ModelSettings, config_of, method_of, resolve_model
 from kvlab.platform.jobs.quantities import Count
+
+
+INCIDENTAL = frozenset({"checkpoint_every", "parallel"})
+"""How often to save, and how a gang divides its memory, change no weight."""
 
 
 class Optimization(Settings):
@@ -60,6 +63,7 @@ class Train(Kind):
     needs_data = True
     produces_model = True
     gang = True
+    incidental = INCIDENTAL
 
     def resolve(self, settings: Settings, around: Surroundings) -> dict[str, Any]:
         assert isinstance(settings, TrainSettings)
@@ -76,6 +80,7 @@ class Train(Kind):
     def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
         return (
             "kvlab.platform.jobs.train",
+            "kvlab.platform.jobs.training",
             "kvlab.methods.decoder",
             "kvlab.methods.store",
             "kvlab.kernels.attention",
@@ -89,9 +94,11 @@ class Train(Kind):
 
 
 def _model(settings: TrainSettings, around: Surroundings) -> Mapping[str, Any]:
-    if settings.model is None:
-        return around.model
-    return resolve_model(settings.model, around.data["vocab_size"], Path(around.data["folder"]))
+    if settings.model is not None:
+        return resolve_model(settings.model, around.data)
+    if not around.model:
+        raise ModelError("needs a model: write `model:` in the workflow or in this job")
+    return around.model
 
 
 def optimization_spec(settings: Optimization, around: Surroundings) -> dict[str, Any]:
@@ -100,10 +107,18 @@ def optimization_spec(settings: Optimization, around: Surroundings) -> dict[str,
         "method": settings.method.to_dict(),
         "sequence_length": settings.sequence_length or around.data["sequence_length"],
         "betas": list(settings.betas),
+        "precision": _precision(settings.precision, around),
         "seed": around.seed,
     }
     same = set(Optimization.model_fields) - set(spec)
     return spec | {name: getattr(settings, name) for name in sorted(same)}
+
+
+def _precision(written: str, around: Surroundings) -> str:
+    """`auto` follows the device that is asked for, so that identities tell the two apart."""
+    if written != "auto":
+        return written
+    return "bfloat16" if around.resources.gpus else "float32"
 
 
 def optimization_problems(

@@ -12,6 +12,7 @@ from kvlab.platform.jobs.method import axis_sources
 from kvlab.platform.jobs.model import lineage, method_of
 from kvlab.platform.jobs.reference import One
 from kvlab.platform.jobs.train.settings import (
+    INCIDENTAL,
     Optimization,
     optimization_problems,
     optimization_spec,
@@ -53,12 +54,14 @@ class Uptrain(Kind):
     needs_data = True
     produces_model = True
     gang = True
+    incidental = INCIDENTAL
 
     def resolve(self, settings: Settings, around: Surroundings) -> dict[str, Any]:
         assert isinstance(settings, UptrainSettings)
         distill, lora = settings.distill, settings.lora
         return {
             **optimization_spec(settings, around),
+            "method": settings.method.uptrained().to_dict(),
             "lora": lora and lora.model_dump(mode="json"),
             "distill": distill and distill.model_dump(exclude={"from_"}),
         }
@@ -66,7 +69,7 @@ class Uptrain(Kind):
     def check(self, settings: Settings, around: Surroundings) -> Iterable[tuple[str, str]]:
         assert isinstance(settings, UptrainSettings)
         config, before = lineage(around.parents["from"])
-        wanted = settings.method.to_dict()
+        wanted = settings.method.uptrained().to_dict()
         length = settings.sequence_length or around.data["sequence_length"]
         yield from optimization_problems(settings, config, length)
         if before and before != wanted:
@@ -88,7 +91,7 @@ class Uptrain(Kind):
     def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
         return (
             "kvlab.platform.jobs.uptrain",
-            "kvlab.platform.jobs.train",
+            "kvlab.platform.jobs.training",
             "kvlab.methods.decoder",
             "kvlab.methods.store",
             "kvlab.kernels.attention",

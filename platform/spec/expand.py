@@ -1,0 +1,282 @@
+"""From jobs as written to cells: matrix and seeds expanded, references joined, specs resolved."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
+from typing import Any
+
+from kvlab import KvlabError
+from kvlab.platform.graph import Resources
+from kvlab.platform.jobs import IMPLICIT, KINDS
+from kvlab.platform.jobs.field import Path, suggest
+from kvlab.platform.jobs.kind import Parent, Settings, Surroundings
+from kvlab.platform.jobs.model import model_key
+from kvlab.platform.spec.combine import Variant, reference_places, variants, written_at
+from kvlab.platform.spec.join import SEED, Joined, Point, Unmatched, join, partners, pinned
+from kvlab.platform.spec.matrix import count, label, short_names
+from kvlab.platform.spec.workflow import JobEntry, Workflow
+
+MOST_CELLS = 100_000
+MOST_NEEDS = 1_000_000
+
+
+@dataclass(slots=True)
+class Draft:
+    """A cell before it has an identity. `axes` are keyed by dotted path."""
+
+    name: str
+    job: JobEntry
+    variant: Variant
+    axes: Mapping[str, Any]
+    parents: dict[str, str]
+    needs: tuple[str, ...] = ()
+    spec: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def resources(self) -> Resources:
+        return self.variant.resources
+
+    @property
+    def settings(self) -> Settings:
+        return self.variant.settings
+
+
+class Expansion:
+    """Expands one workflow; mistakes go to the workflow, and jobs that rest on them are left out."""
+
+    def __init__(
+        self, workflow: Workflow, data: Mapping[str, Any], model: Mapping[str, Any]
+    ) -> None:
+        self.workflow = workflow
+        self.data = data
+        self.model = model
+        self.short = short_names(key for job in workflow.jobs.values() for key in job.matrix)
+        self.drafts: dict[str, list[Draft]] = {}
+        self.implicit: Parent | None = None
+        self.parents: dict[str, Parent] = {}
+        self._variants: dict[str, list[Variant]] = {}
+        self._points: dict[str, list[Point]] = {}
+
+    def run(self) -> list[Draft]:
+        """Return the cells of all sound jobs, parents first."""
+        for job in self.workflow.jobs.values():
+            if self._few_enough(job):
+                self._variants[job.name] = variants(self.workflow, job)
+        order = self._order()
+        if order is None:
+            return []
+        self._add_data()
+        for name in order:
+            job = self.workflow.jobs[name]
+            if name in self.workflow.broken or self._rests_on_broken(job):
+                self.workflow.broken.add(name)
+                continue
+            self._cells(job)
+        return [draft for drafts in self.drafts.values() for draft in drafts]
+
+    def _few_enough(self, job: JobEntry) -> bool:
+        seeds = job.common.seeds or self.workflow.top.get("seeds") or (0,)
+        cells = count(job) * len(seeds)
+        if cells > MOST_CELLS:
+            self.workflow.blame(job.path, f"would have {cells} cells, more than {MOST_CELLS}")
+        return cells <= MOST_CELLS
+
+    def _named(self, job: JobEntry) -> Iterable[tuple[str, Path, str | None]]:
+        """(name, place, role) of every job that a job names; role None for `needs`."""
+        for variant in self._variants.get(job.name, ()):
+            for role in variant.references:
+                for reference, place in reference_places(job, variant, role):
+                    yield reference.job, place, role
+        for index, name in enumerate(job.common.needs):
+            yield name, (*job.path, "needs", index), None
+
+    def _order(self) -> list[str] | None:
+        """Return job names, parents first; None after a cycle."""
+        written = self.workflow.document.value["jobs"]
+        sorter: TopologicalSorter[str] = TopologicalSorter()
+        places: dict[tuple[str, str], Path] = {}
+        for job in self.workflow.jobs.values():
+            sorter.add(job.name)
+            for name, place, role in self._named(job):
+                if name not in written:
+                    known = suggest(name, list(written))
+                    self.workflow.blame(place, f"unknown job '{name}': {known}")
+                    continue
+                target = self.workflow.jobs.get(name)
+                if role and target and not KINDS[target.kind].produces_model:
+                    self.workflow.blame(place, self._no_model(target))
+                if target is not None:
+                    sorter.add(job.name, name)
+                    places.setdefault((job.name, name), place)
+        try:
+            return list(sorter.static_order())
+        except CycleError as error:
+            circle = list(reversed(error.args[1]))
+            start = circle.index(min(circle[:-1], key=list(self.workflow.jobs).index))
+            circle = [*circle[start:-1], *circle[:start], circle[start]]
+            self.workflow.blame(places[circle[0], circle[1]], f"a cycle: {' needs '.join(circle)}")
+            return None
+
+    def _no_model(self, target: JobEntry) -> str:
+        makers = [j.name for j in self.workflow.jobs.values() if KINDS[j.kind].produces_model]
+        return (
+            f"'{target.name}' is of kind {target.kind} and publishes no model; "
+            f"jobs that do: {', '.join(makers) or 'none'}"
+        )
+
+    def _rests_on_broken(self, job: JobEntry) -> bool:
+        return any(
+            name in self.workflow.broken or name not in self.drafts
+            for name, _, _ in self._named(job)
+        )
+
+    def _add_data(self) -> None:
+        used = [j for j in self.workflow.jobs.values() if KINDS[j.kind].needs_data]
+        settings = self.workflow.top.get("data")
+        if not used:
+            return
+        if settings is None:
+            for job in used:
+                if "data" not in self.workflow.document.value:
+                    message = f"{job.kind} needs text: write `data:` in the workflow"
+                    self.workflow.blame((*job.path, job.kind), message)
+                self.workflow.broken.add(job.name)
+            return
+        if not {"fingerprint", "tokenizer"} <= set(self.data):
+            self.workflow.broken.update(job.name for job in used)
+            return
+        around = Surroundings(None, self.model, self.data, {})
+        spec = KINDS[IMPLICIT].resolve(settings, around)
+        self.implicit = self.parents[IMPLICIT] = Parent(IMPLICIT, IMPLICIT, spec, {})
+
+    def _cells(self, job: JobEntry) -> None:
+        drafts: list[Draft] = []
+        try:
+            for variant in self._variants[job.name]:
+                drafts += self._joined(job, variant)
+        except Unmatched as error:
+            self.workflow.blame(job.path, str(error))
+            return
+        total = len(self.parents) + len(drafts)
+        if total > MOST_CELLS:
+            self.workflow.blame(
+                job.path, f"brings the workflow to {total} cells, more than {MOST_CELLS}"
+            )
+            return
+        _distinct(drafts)
+        if self._add_needs(job, drafts) and self._resolve(job, drafts):
+            self.drafts[job.name] = drafts
+            self._points[job.name] = [Point(draft.name, draft.axes) for draft in drafts]
+
+    def _joined(self, job: JobEntry, variant: Variant) -> list[Draft]:
+        listed = KINDS[job.kind].references
+        roles = list(variant.references)
+        drafts: list[Draft] = []
+        for chosen in itertools.product(*(variant.references[role] for role in roles)):
+            arms = {
+                role: (reference.job, pinned(self._points[reference.job], reference, self.short))
+                for role, reference in zip(roles, chosen, strict=True)
+            }
+            tags = {
+                role: reference.job
+                for role, reference in zip(roles, chosen, strict=True)
+                if listed[role] == "many" and len(variant.references[role]) > 1
+            }
+            for cell in join(self._own(job, variant, arms), arms, self.short):
+                drafts.append(self._draft(job, variant, cell, tags))
+        return drafts
+
+    def _own(
+        self, job: JobEntry, variant: Variant, arms: Mapping[str, tuple[str, Sequence[Point]]]
+    ) -> list[dict[str, Any]]:
+        """A job's own points. Seeds come from its parents unless it says its own."""
+        values = dict(variant.combination.values)
+        seeds = job.common.seeds
+        if seeds is None:
+            if any(SEED in point.axes for _, points in arms.values() for point in points[:1]):
+                return [values]
+            seeds = self.workflow.top.get("seeds") or (0,)
+        return [{**values, SEED: seed} for seed in seeds]
+
+    def _draft(
+        self, job: JobEntry, variant: Variant, cell: Joined, tags: Mapping[str, str]
+    ) -> Draft:
+        axes = {**{k: v for k, v in cell.axes.items() if k != SEED}, SEED: cell.axes.get(SEED)}
+        shown = [f"{self.short[key]}={label(v)}" for key, v in axes.items() if key != SEED]
+        shown += [f"{role}={name}" for role, name in tags.items()]
+        shown.append(f"{SEED}={axes[SEED]}")
+        parents = {role: point.name for role, point in cell.parents.items()}
+        if KINDS[job.kind].needs_data:
+            parents[IMPLICIT] = IMPLICIT
+        return Draft(f"{job.name}[{','.join(shown)}]", job, variant, axes, parents)
+
+    def _add_needs(self, job: JobEntry, drafts: Sequence[Draft]) -> bool:
+        edges = 0
+        for name in job.common.needs:
+            find = partners(self._points[name])
+            for draft in drafts:
+                found = find(draft.axes)
+                edges += len(found)
+                if edges > MOST_NEEDS:
+                    message = f"joins more than {MOST_NEEDS} pairs of cells: they share no axis"
+                    self.workflow.blame((*job.path, "needs"), message)
+                    return False
+                draft.needs = tuple(dict.fromkeys((*draft.needs, *(p.name for p in found))))
+        return True
+
+    def _resolve(self, job: JobEntry, drafts: Sequence[Draft]) -> bool:
+        """Fill in specs. Checks run once per matrix point: seeds change nothing they look at."""
+        kind = KINDS[job.kind]
+        siblings = self._siblings(drafts)
+        checked: set[tuple[int, str]] = set()
+        sound = True
+        for draft in drafts:
+            parents = {role: self.parents[name] for role, name in draft.parents.items()}
+            around = Surroundings(
+                draft.axes[SEED], self.model, self.data, parents, siblings, draft.resources
+            )
+            try:
+                key = (id(draft.variant), str(sorted(map(self._unseeded, draft.parents.values()))))
+                if key not in checked:
+                    checked.add(key)
+                    sound &= self._check(job, draft, around)
+                draft.spec = kind.resolve(draft.settings, around)
+            except KvlabError as error:
+                self.workflow.blame((*job.path, job.kind), str(error))
+                return False
+            self.parents[draft.name] = Parent(draft.name, job.kind, draft.spec, parents)
+        return sound
+
+    def _unseeded(self, name: str) -> str:
+        return name.rpartition(f"{SEED}=")[0]
+
+    def _check(self, job: JobEntry, draft: Draft, around: Surroundings) -> bool:
+        problems = list(KINDS[job.kind].check(draft.settings, around))
+        for inside, message in problems:
+            path = (job.kind, *inside.split("."))
+            self.workflow.blame(written_at(job, draft.variant.combination, path), message)
+        return not problems
+
+    def _siblings(self, drafts: Sequence[Draft]) -> dict[str, tuple[Parent, ...]]:
+        """One parent of every distinct model that the whole job refers to, by role."""
+        distinct: dict[str, dict[str, Parent]] = {}
+        seen: set[tuple[str, str]] = set()
+        for draft in drafts:
+            for role, name in draft.parents.items():
+                if role != IMPLICIT and (role, name) not in seen:
+                    seen.add((role, name))
+                    parent = self.parents[name]
+                    distinct.setdefault(role, {}).setdefault(model_key(parent), parent)
+        return {role: tuple(parents.values()) for role, parents in distinct.items()}
+
+
+def _distinct(drafts: Sequence[Draft]) -> None:
+    """Number the cells whose values look alike once they are shortened for a name."""
+    seen: dict[str, int] = {}
+    for draft in drafts:
+        times = seen[draft.name] = seen.get(draft.name, 0) + 1
+        if times > 1:
+            draft.name = f"{draft.name[:-1]},again={times}]"

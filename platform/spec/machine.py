@@ -1,0 +1,52 @@
+"""What measured numbers belong to, read without importing torch or starting a process."""
+
+from __future__ import annotations
+
+import os
+import platform
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from kvlab.platform.graph import Resources
+
+_NVIDIA = Path("/proc/driver/nvidia")
+_PROCESSORS = Path("/proc/cpuinfo")
+
+
+@lru_cache(maxsize=1)
+def _gpu() -> tuple[str, str] | None:
+    """(model, driver version) of the first NVIDIA GPU, or None."""
+    for information in sorted(_NVIDIA.glob("gpus/*/information")):
+        model = _field(information, "Model")
+        if model:
+            words = (_NVIDIA / "version").read_text(errors="replace").split("Kernel Module")
+            driver = words[-1].split()[0] if len(words) > 1 and words[-1].split() else "unknown"
+            return model, driver
+    return None
+
+
+@lru_cache(maxsize=1)
+def _processor() -> str:
+    return _field(_PROCESSORS, "model name") or platform.processor() or platform.machine()
+
+
+def _field(path: Path, name: str) -> str:
+    try:
+        with path.open(errors="replace") as lines:
+            for line in lines:
+                key, _, value = line.partition(":")
+                if key.strip() == name:
+                    return value.strip()
+    except OSError:
+        return ""
+    return ""
+
+
+def describe(resources: Resources) -> dict[str, Any]:
+    """Return device, threads and driver as a job with these resources would find them here."""
+    gpu = _gpu() if resources.gpus else None
+    threads = os.cpu_count() or 1 if resources.exclusive else resources.cpus
+    if gpu is not None:
+        return {"device": gpu[0], "threads": threads, "driver": gpu[1]}
+    return {"device": _processor(), "threads": threads, "driver": None}

@@ -1,0 +1,149 @@
+"""From a workflow's YAML to a graph that can run. Reading writes nothing unless told to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kvlab.platform.graph import Cell, Graph
+from kvlab.platform.jobs import IMPLICIT, KINDS
+from kvlab.platform.jobs.field import suggest
+from kvlab.platform.spec.contents import Contents, Unread
+from kvlab.platform.spec.document import parse, read_text
+from kvlab.platform.spec.expand import Draft, Expansion
+from kvlab.platform.spec.identity import code_digest, identify
+from kvlab.platform.spec.machine import describe
+from kvlab.platform.spec.problems import WorkflowError
+from kvlab.platform.spec.surroundings import shared_data, shared_model
+from kvlab.platform.spec.workflow import (
+    ReportSettings,
+    Workflow,
+    read_workflow,
+    retries_of,
+)
+
+
+def load_graph(source: Path | str, *, home: Path | None = None, remember: bool = False) -> Graph:
+    """Read, check, expand, join and identify a workflow.
+
+    Args:
+        source: a file, or (a str) the YAML itself; relative paths inside it start from the file's
+            folder, or from the current one.
+        home: KVLAB_HOME, where digests of large files are remembered; None: everything is read.
+        remember: write new digests there. Only a run does.
+
+    Raises:
+        WorkflowError: with every mistake, each with its line and YAML path.
+    """
+    contents = Contents(home, write=remember)
+    graph = _graph(source, contents, identified=True)
+    contents.save()
+    return graph
+
+
+def check(source: Path | str) -> Graph:
+    """Do all that `load_graph` does but read the content of data and checkpoints.
+
+    The cells have no identities. Writes nothing anywhere.
+
+    Raises:
+        WorkflowError: with every mistake.
+    """
+    return _graph(source, Unread(), identified=False)
+
+
+def _graph(source: Path | str, contents: Contents, *, identified: bool) -> Graph:
+    if isinstance(source, Path):
+        text, folder, file = read_text(source), source.parent, str(source)
+    else:
+        text, folder, file = source, Path(), "workflow"
+    document = parse(text, file)
+    workflow = read_workflow(document)
+    data = shared_data(workflow, folder.absolute(), contents)
+    model = shared_model(workflow, data)
+    _check_report(workflow)
+    expansion = Expansion(workflow, data, model)
+    drafts = expansion.run() if workflow.jobs else []
+    if workflow.problems:
+        raise WorkflowError(workflow.problems)
+    cells = _cells(expansion, drafts, identified)
+    report: ReportSettings = workflow.top["report"]
+    return Graph(workflow.top["name"], text, tuple(cells), report.model_dump(mode="json"))
+
+
+def _check_report(workflow: Workflow) -> None:
+    report = workflow.top.get("report")
+    if report is None or report.baseline is None:
+        return
+    makers = [job.name for job in workflow.jobs.values() if KINDS[job.kind].produces_model]
+    written: Any = workflow.document.value.get("jobs")
+    if report.baseline not in makers and report.baseline not in workflow.broken:
+        what = (
+            f"'{report.baseline}' publishes no model"
+            if isinstance(written, dict) and report.baseline in written
+            else f"unknown job '{report.baseline}'"
+        )
+        workflow.blame(("report", "baseline"), f"{what}: {suggest(report.baseline, makers)}")
+
+
+def _cells(expansion: Expansion, drafts: list[Draft], identified: bool) -> list[Cell]:
+    identities: dict[str, str] = {}
+    cells: list[Cell] = []
+    if expansion.implicit is not None:
+        cells.append(_data_cell(expansion, identities, identified))
+    short = {**expansion.short, "seed": "seed"}
+    for draft in drafts:
+        identity, parts = "", {}
+        if identified:
+            identity, parts = _identity(draft, identities)
+            identities[draft.name] = identity
+        cells.append(
+            Cell(
+                name=draft.name,
+                job=draft.job.name,
+                kind=draft.job.kind,
+                spec=draft.spec,
+                axes={short[key]: value for key, value in draft.axes.items()},
+                parents=draft.parents,
+                needs=draft.needs,
+                identity=identity,
+                parts=parts,
+                resources=draft.resources,
+                retries=retries_of(draft.job.common.retries),
+                timeout=draft.job.common.timeout,
+            )
+        )
+    return cells
+
+
+def _data_cell(expansion: Expansion, identities: dict[str, str], identified: bool) -> Cell:
+    assert expansion.implicit is not None
+    kind, spec = KINDS[IMPLICIT], expansion.implicit.spec
+    identity, parts = "", {}
+    if identified:
+        identity, parts = identify(IMPLICIT, spec, {}, code_digest(kind.sources(spec)))
+        identities[IMPLICIT] = identity
+    return Cell(
+        name=IMPLICIT,
+        job=IMPLICIT,
+        kind=IMPLICIT,
+        spec=spec,
+        axes={},
+        parents={},
+        needs=(),
+        identity=identity,
+        parts=parts,
+        resources=kind.resources,
+    )
+
+
+def _identity(draft: Draft, identities: dict[str, str]) -> tuple[str, dict[str, str]]:
+    kind = KINDS[draft.job.kind]
+    return identify(
+        draft.job.kind,
+        draft.spec,
+        {role: identities[name] for role, name in draft.parents.items()},
+        code_digest(kind.sources(draft.spec)),
+        describe(draft.resources) if kind.measured else None,
+        kind.incidental,
+    )
