@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -23,6 +24,7 @@ WAIT_SECONDS = 30
 IDLE_SECONDS = 60
 """PostgreSQL ends a transaction idle for so long, so that a hung holder blocks nobody for ever."""
 
+HEADER = b"SQLite format 3\0"
 INSUFFICIENT_PRIVILEGE = "42501"
 CURES = {
     "not a database": "name another file, or move this one away",
@@ -84,14 +86,12 @@ def _cure(reason: str) -> str:
 def _sqlite(url: URL, read_only: bool) -> Engine:
     path = path_of(url).absolute()
     place = f"file:{quote(str(path))}?mode={'ro' if read_only else 'rwc'}"
-    if not read_only:
-        try:
+    try:
+        if not read_only:
             path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(
-                f"store {shown(url)}: its folder cannot be made ({error.strerror}): "
-                "name a folder of yours"
-            ) from None
+        _check_header(path, shown(url))
+    except OSError as error:
+        raise StoreError(f"store {shown(url)}: {error.strerror}: name a file of yours") from None
 
     def open_file() -> sqlite3.Connection:
         # isolation_level None: the driver begins nothing by itself, `_begin` below does.
@@ -112,6 +112,15 @@ def _sqlite(url: URL, read_only: bool) -> Engine:
     engine = create_engine("sqlite+pysqlite://", creator=open_file, poolclass=QueuePool)
     event.listen(engine, "begin", _begin)
     return engine
+
+
+def _check_header(path: Path, place: str) -> None:
+    # SQLite takes any file of less than 100 bytes for an empty database and writes over it.
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(len(HEADER))
+        if start and start != HEADER:
+            raise StoreError(f"store {place}: file is not a database: {CURES['not a database']}")
 
 
 def _begin(connection: Connection) -> None:

@@ -1,0 +1,32 @@
+"""A real PostgreSQL for every test that asks for one."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+_NUMBERS = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[Any]:
+    """One server a session, on a socket of its own, in a folder that another user may enter."""
+    import pgserver
+
+    server = pgserver.get_server(tempfile.mkdtemp(prefix="kvlab-pg-"), cleanup_mode="delete")
+    # Tests kill processes, never the machine.
+    server.psql("ALTER SYSTEM SET fsync = off;\nSELECT pg_reload_conf();")
+    yield server
+    server.cleanup()
+
+
+@pytest.fixture
+def postgres_url(postgres_server: Any) -> str:
+    """The address of an empty database that no other test sees. Mark the test `postgres`."""
+    name = f"test_{next(_NUMBERS)}"
+    postgres_server.psql(f"CREATE DATABASE {name};")
+    return str(postgres_server.get_uri(name))
