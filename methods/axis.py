@@ -56,6 +56,7 @@ class Value:
         default: what the axis is when a method does not choose on it.
         check: (params, config) -> problems, for what a field's range cannot say; config may be None.
         uptrained: params -> params as a model converted from a checkpoint has them.
+        span: granularity only: params -> tokens that one position stands for; None: one.
         sources: packages whose files decide the result (part of a job's identity).
     """
 
@@ -69,6 +70,7 @@ class Value:
     default: bool = False
     check: Callable[[Any, DecoderConfig | None], Iterable[str]] | None = None
     uptrained: Callable[[Any], Any] | None = None
+    span: Callable[[Any], int] | None = None
     sources: tuple[str, ...] = ()
 
     def load(self) -> Any:
@@ -107,6 +109,11 @@ class Method:
 
     def __getitem__(self, axis: AxisName) -> Choice:
         return self.choices[axis]
+
+    def span(self) -> int:
+        """Tokens that one position of the method's granularity stands for."""
+        choice = self.choices.get("granularity")
+        return choice.value.span(choice.params) if choice and choice.value.span else 1
 
     def uptrained(self) -> Method:
         """Return the method as a model converted from a checkpoint has it."""

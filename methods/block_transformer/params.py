@@ -88,5 +88,6 @@ ENTRY = Value(
     paper="2406.02657",
     check=check,
     uptrained=uptrained,
+    span=lambda params: params.block_length,
     sources=("kvlab.methods.block_transformer", "kvlab.methods.packing"),
 )

@@ -57,14 +57,13 @@ class Evaluate(Kind):
         length = settings.sequence_length or around.data["sequence_length"]
         for name, message in compatible(settings.apply, config):
             yield f"apply.{name}", message
-        for choice in trained.values():
-            for name, params in choice.items():
-                if length % params.get("block_length", 1):
-                    yield (
-                        "sequence_length",
-                        f"must be a multiple of the block length ({params['block_length']}) of "
-                        f"'{around.parents['of'].name}' ({name}), found {length}",
-                    )
+        span = method_of(trained).span()
+        if length % span or length < 2 * span:
+            yield (
+                "sequence_length",
+                f"must be two or more blocks of '{around.parents['of'].name}', whose block length "
+                f"is {span}, found {length}",
+            )
         if length > config.max_positions:
             yield (
                 "sequence_length",

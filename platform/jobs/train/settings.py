@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from kvlab.methods.axis import Method
+from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.platform.jobs.field import nested
 from kvlab.platform.jobs.kind import Kind, Parent, Prediction, Settings, Surroundings
 from kvlab.platform.jobs.method import MethodField, axis_sources, compatible
@@ -75,7 +76,7 @@ class Train(Kind):
         if settings.tokens == 0 and "checkpoint" not in model:
             yield "tokens", "must be at least 1 for a model with fresh weights"
         length = settings.sequence_length or around.data["sequence_length"]
-        yield from optimization_problems(settings, config_of(model), length)
+        yield from optimization_problems(settings.method, config_of(model), length)
 
     def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
         return (
@@ -122,23 +123,17 @@ def _precision(written: str, around: Surroundings) -> str:
 
 
 def optimization_problems(
-    settings: Optimization, config: Any, length: int
+    method: Method, config: DecoderConfig, length: int
 ) -> Iterable[tuple[str, str]]:
     """Yield what does not fit between the method, the model's sizes and the sequence length."""
-    for name, message in compatible(settings.method, config):
+    for name, message in compatible(method, config):
         yield f"method.{name}", message
-    block = settings.method.choices.get("granularity")
-    step = getattr(block.params, "block_length", 1) if block is not None else 1
-    if length % step:
+    span = method.span()
+    if length % span or length < 2 * span:
         yield (
-            f"method.{block.value.name}.block_length" if block else "method",
-            f"must divide sequence_length ({length}), found {step}",
-        )
-    elif length < 2 * step:
-        yield (
-            f"method.{block.value.name}.block_length" if block else "method",
-            f"must be at most half of sequence_length ({length}), found {step}: "
-            "the first block is never predicted",
+            f"method.{method['granularity'].value.name}",
+            f"its block length must divide sequence_length ({length}) into two blocks or more, "
+            f"found {span}",
         )
     if length > config.max_positions:
         yield (

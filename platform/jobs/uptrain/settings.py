@@ -71,7 +71,7 @@ class Uptrain(Kind):
         config, before = lineage(around.parents["from"])
         wanted = settings.method.uptrained().to_dict()
         length = settings.sequence_length or around.data["sequence_length"]
-        yield from optimization_problems(settings, config, length)
+        yield from optimization_problems(settings.method.uptrained(), config, length)
         if before and before != wanted:
             yield (
                 "from",
