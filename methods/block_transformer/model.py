@@ -16,7 +16,6 @@ from kvlab.methods.block_transformer.params import BlockTransformerParams
 from kvlab.methods.block_transformer.sizes import sizes
 from kvlab.methods.block_transformer.token_decoder import build_token_decoder
 from kvlab.methods.decoder.config import DecoderConfig
-from kvlab.methods.decoder.language_model import negative_log_likelihood
 from kvlab.methods.decoder.model import Decoder
 from kvlab.methods.model import LanguageModel, Score, Session
 from kvlab.methods.packing import PAD, Documents, Packer
@@ -67,9 +66,9 @@ class BlockTransformer(LanguageModel):
     def forward(self, ids: Tensor, valid: Tensor | None = None) -> Score:
         blocks, real = self.blocks(ids, valid)
         hidden = self._predict(blocks, real)
-        nll = negative_log_likelihood(self.token_decoder.decoder, hidden, blocks[:, 1:])
+        nll = self.token_decoder.decoder.nll(hidden.flatten(1, 2), blocks[:, 1:].flatten(1))
         scored = self.scored(blocks, real)
-        nll = F.pad(nll.flatten(1), (self.params.block_length, 0)).masked_fill(~scored, 0.0)
+        nll = F.pad(nll, (self.params.block_length, 0)).masked_fill(~scored, 0.0)
         tokens = ids.shape[1]
         return Score(nll[:, :tokens], scored[:, :tokens])
 
@@ -138,6 +137,9 @@ class BlockTransformer(LanguageModel):
 
     def _predict(self, blocks: Tensor, real: Tensor | None) -> Tensor:
         """Return [B, n - 1, L_B, D_t], what the head predicts the blocks but the first from."""
+        if blocks.shape[1] == 1:
+            nothing = (len(blocks), 0, self.params.block_length, self.sizes.token.width)
+            return self.embedder.table.weight.new_empty(nothing)
         context = self.contexts(blocks[:, :-1], None if real is None else real[:, :-1])
         hidden = self.token_decoder(
             context.flatten(0, 1),
