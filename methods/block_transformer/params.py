@@ -89,5 +89,11 @@ ENTRY = Value(
     check=check,
     uptrained=uptrained,
     span=lambda params: params.block_length,
-    sources=("kvlab.methods.block_transformer", "kvlab.methods.packing"),
+    sources=(
+        "kvlab.methods.block_transformer",
+        "kvlab.methods.packing",
+        "kvlab.methods.decoder",
+        "kvlab.methods.cache",
+        "kvlab.kernels",
+    ),
 )
