@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, insert
 
-from kvlab.db import leases, points, queries, versions
+from kvlab.db import history, leases, points, queries, versions
 from kvlab.db.batches import Batch
 from kvlab.db.engine import connect, reading, told
 from kvlab.db.errors import NoStore
@@ -151,6 +151,16 @@ class Store:
         """The newest finished job of each identity that has one."""
         with self._reading() as connection:
             return queries.finished(connection, identities)
+
+    def done(self, limit: int) -> list[history.Done]:
+        """The newest finished jobs, at most `limit`, with the time they took."""
+        with self._reading() as connection:
+            return history.done(connection, limit)
+
+    def previous(self, workflow: str) -> dict[str, dict[str, str]]:
+        """Cell name -> identity parts of its newest finished job in workflows of this name."""
+        with self._reading() as connection:
+            return history.previous(connection, workflow)
 
     def load(self, workflow_id: int) -> Workflow:
         """A workflow with its jobs, attempts, checkpoints and results, at one instant."""
