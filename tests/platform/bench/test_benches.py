@@ -1,0 +1,79 @@
+"""The benches themselves, at sizes that only show that they measure what they say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvlab.platform.bench import __main__ as command
+from kvlab.platform.bench import dispatch, kv_bytes, metrics, training
+from kvlab.platform.bench.line import Line
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "QUEUES", (10, 100))
+    monkeypatch.setattr(dispatch, "EVENTS", 50)
+    monkeypatch.setattr(metrics, "CALLS", 500)
+    monkeypatch.setattr(metrics, "MLFLOW_CALLS", 5)
+    monkeypatch.setattr(metrics, "REPEATS", 1)
+    monkeypatch.setattr(training, "BATCH", 2)
+    monkeypatch.setattr(training, "LENGTH", 16)
+    monkeypatch.setattr(training, "WARMUP", 1)
+    monkeypatch.setattr(training, "REPEATS", 2)
+    monkeypatch.setattr(kv_bytes, "METHODS", kv_bytes.METHODS[1::2])
+    monkeypatch.setattr(kv_bytes, "BATCH", 2)
+    monkeypatch.setattr(kv_bytes, "PROMPT", 140)
+    monkeypatch.setattr(kv_bytes, "GENERATE", 8)
+
+
+def sound(lines: list[Line]) -> bool:
+    return bool(lines) and all(line.ours > 0 and not line.void for line in lines)
+
+
+def test_dispatch() -> None:
+    assert sound(dispatch.run())
+
+
+def test_metrics_are_all_found_again() -> None:
+    assert sound(metrics.run())
+
+
+def test_training_is_void_when_the_losses_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sound(training.run())
+    monkeypatch.setattr(training, "CLOSE", 0.0)
+    (line,) = training.run()
+    assert "apart" in line.void
+    assert line.ratio is None
+
+
+def test_kv_bytes_of_every_cache_are_within_the_tolerance() -> None:
+    assert all(line.met for line in kv_bytes.run())
+
+
+def test_a_bench_runs_apart_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "bench.json"
+    command.main(["--only", "dispatch", "--json", str(file)])
+    written = json.loads(file.read_text())
+    assert written["machine"]["torch"] == torch.__version__
+    assert written["failed"] == []
+    assert {line["unit"] for line in written["lines"]} == {"ms", "µs"}
+    assert "10,000 jobs queued" in capsys.readouterr().out
+
+
+def test_an_unknown_bench_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        command.main(["--only", "dispach"])
+    assert end.value.code == 2
+    assert "known: startup, dispatch" in capsys.readouterr().err
+
+
+def test_without_a_gpu_the_gpu_bench_says_so_and_ends_well(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "has_gpu", lambda: False)
+    assert command.main(["--gpu"]) == 0
+    assert "needs a CUDA device" in capsys.readouterr().out
