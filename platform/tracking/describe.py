@@ -1,0 +1,169 @@
+"""A job as MLflow shows it: few parameters and metrics, named alike for every kind of job."""
+
+from __future__ import annotations
+
+import json
+import math
+import posixpath
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeGuard
+
+from kvlab.db.states import JobState, WorkflowState
+from kvlab.platform.tracking.messages import JobMessage, WorkflowMessage
+
+STATUS: Mapping[JobState, str] = {
+    JobState.WAITING: "SCHEDULED",
+    JobState.QUEUED: "SCHEDULED",
+    JobState.RUNNING: "RUNNING",
+    JobState.DONE: "FINISHED",
+    JobState.FAILED: "FAILED",
+    JobState.SKIPPED: "KILLED",
+    JobState.CANCELLED: "KILLED",
+}
+WORKFLOW_STATUS: Mapping[WorkflowState, str] = {
+    WorkflowState.RUNNING: "RUNNING",
+    WorkflowState.DONE: "FINISHED",
+    WorkflowState.FAILED: "FAILED",
+    WorkflowState.STOPPED: "KILLED",
+    WorkflowState.CANCELLED: "KILLED",
+}
+ENDED = frozenset({"FINISHED", "FAILED", "KILLED"})
+
+LONGEST_KEY = 250
+LONGEST_VALUE = 500
+MOST_METRICS = 20
+"""Metrics of a result whose kind is not known here; MLflow's views slow down beyond a few."""
+
+_SIZES = ("width", "layers", "heads", "kv_heads", "vocab_size")
+_SETTINGS = (
+    "tokens", "sequence_length", "batch_size", "learning_rate", "precision", "prompt", "generate",
+    "dtype", "kv_budget",
+)  # fmt: skip
+_RATES = ("tokens_per_second", "decode_tokens_per_second", "time_to_first_token")
+_SCALARS: Mapping[str, tuple[str, ...]] = {
+    "train": (
+        "tokens", "seconds", "tokens_per_second", "flops", "body_parameters", "parameters",
+        "peak_memory_bytes",
+    ),
+    "evaluate": ("perplexity", "perplexity_per_byte", "bits_per_byte"),
+    "data": ("vocab_size", "train_tokens", "heldout_tokens"),
+}  # fmt: skip
+
+
+def workflow_tags(workflow: WorkflowMessage) -> dict[str, str]:
+    """Tags of a workflow's run. The first two find it again."""
+    tags = {
+        "kvlab.workflow_id": str(workflow["id"]),
+        "kvlab.created_ms": str(milliseconds(workflow["created_at"])),
+        "kvlab.kind": "workflow",
+    }
+    if text := workflow.get("text"):
+        tags["mlflow.note.content"] = f"```yaml\n{text[:7000]}\n```"
+    return tags
+
+
+def job_tags(workflow: WorkflowMessage, job: JobMessage) -> dict[str, str]:
+    """Tags of a job's run; `kvlab.job_id` finds it again under its workflow's run."""
+    tags = {
+        "kvlab.workflow_id": str(workflow["id"]),
+        "kvlab.job_id": str(job["id"]),
+        "kvlab.identity": job["identity"],
+        "kvlab.job": job["job"],
+        "kvlab.kind": job["kind"],
+    }
+    if (reused := job.get("reused_from")) is not None:
+        tags["reused_from"] = str(reused)
+    gates = (job.get("result") or {}).get("gates")
+    if shut := [name for name, value in (gates or {}).items() if value is False]:
+        tags["kvlab.void"] = ", ".join(shut)
+    for name in ("cause", "message"):
+        if value := job.get(name):
+            tags[f"kvlab.{name}"] = str(value)[:LONGEST_VALUE]
+    return tags
+
+
+def params(job: JobMessage) -> dict[str, str]:
+    """Parameters to group and filter by: method, how it is applied, axes, sizes, settings."""
+    spec = job["spec"]
+    model = job.get("model") or spec
+    found: dict[str, Any] = {**job["axes"], "kind": job["kind"]}
+    if "method" in model:
+        found["method"] = _method(model["method"])
+    if "apply" in spec:
+        found["apply"] = _method(spec["apply"]) if spec["apply"] else "none"
+    config = (model.get("model") or {}).get("config") or {}
+    found.update({name: config[name] for name in _SIZES if name in config})
+    found.update({name: spec[name] for name in _SETTINGS if spec.get(name) is not None})
+    if "batch" in spec:
+        found["batch"] = ",".join(map(str, spec["batch"]))
+    return {key_text(name): value_text(value) for name, value in found.items()}
+
+
+def metrics(job: JobMessage) -> Iterator[tuple[str, float, int]]:
+    """Yield (key, value, step) of a finished job's result."""
+    result = job.get("result") or {}
+    kind = "train" if "flops" in result else job["kind"]
+    if kind == "benchmark":
+        yield from _benchmark(result)
+        return
+    names = _SCALARS.get(kind)
+    if names is None:
+        names = tuple(name for name, value in result.items() if _number(value))[:MOST_METRICS]
+    for name in names:
+        if _number(value := result.get(name)):
+            yield key_text(name), float(value), 0
+    if _number(loss := result.get("loss")) and kind in _SCALARS:
+        yield "final_loss", float(loss), 0
+    curve = result.get("loss_by_position") or ()
+    stride = max(1, math.ceil(len(curve) / 500))
+    for position in range(0, len(curve), stride):
+        if _number(curve[position]):
+            yield "loss_by_position", float(curve[position]), position
+
+
+def _benchmark(result: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:
+    """The rates at the largest batch under their plain names, and at each batch as a curve."""
+    rows = sorted(result.get("rows") or (), key=lambda row: row["batch"])
+    for row in rows:
+        for name in _RATES:
+            raw = row.get(name)
+            value = raw.get("median") if isinstance(raw, Mapping) else raw
+            if _number(value):
+                yield f"{name}_by_batch", float(value), int(row["batch"])
+                if row is rows[-1]:
+                    yield name, float(value), 0
+    for name in ("kv_bytes_per_token", "kv_bytes_per_token_predicted", "peak_memory_bytes"):
+        if rows and _number(rows[-1].get(name)):
+            yield name, float(rows[-1][name]), 0
+    if _number(result.get("largest_batch")):
+        yield "largest_batch", float(result["largest_batch"]), 0
+
+
+def key_text(name: str) -> str:
+    """A name that MLflow takes for a parameter or metric."""
+    text = re.sub(r"[^\w\-. /:]", "_", name)[:LONGEST_KEY] or "_"
+    normal = posixpath.normpath(text)
+    if normal != text or normal == "." or normal.startswith(("..", "/")):
+        text = text.replace("/", "_").replace(".", "_")
+    return text
+
+
+def value_text(value: Any) -> str:
+    """A parameter's value: text as it is, anything else as JSON, cut to a readable length."""
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return text[:LONGEST_VALUE]
+
+
+def milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+def _method(canonical: Mapping[str, Any]) -> str:
+    from kvlab.platform.compare.labels import FULL, method_text
+
+    return method_text(canonical) or FULL
+
+
+def _number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
