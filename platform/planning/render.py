@@ -1,0 +1,213 @@
+"""A plan as tables for people and as JSON for machines."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from kvlab.platform.graph import Resources
+from kvlab.platform.planning.history import CORE_FLOPS, GPU_FLOPS
+from kvlab.platform.planning.plan import Plan, Planned
+
+MOST_ROWS = 100
+"""Points of matrices that are listed one by one; a larger plan is summed up by job."""
+
+_COLUMNS = ("parameters", "FLOPs", "KV B/token", "time")
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Return the plan as JSON values."""
+    return {
+        "name": plan.graph.name,
+        "states": dict(Counter(planned.state for planned in plan.cells)),
+        "assumed_flops_per_second": {"cpu_core": CORE_FLOPS, "gpu": GPU_FLOPS},
+        "seconds": _total(plan.cells),
+        "jobs": [_cell(planned) for planned in plan.cells],
+    }
+
+
+def _cell(planned: Planned) -> dict[str, Any]:
+    cell, prediction, duration = planned.cell, planned.prediction, planned.duration
+    resources = cell.resources
+    return {
+        "name": cell.name,
+        "job": cell.job,
+        "kind": cell.kind,
+        "axes": dict(cell.axes),
+        "parents": dict(cell.parents),
+        "needs": list(cell.needs),
+        "identity": cell.identity,
+        "state": planned.state,
+        "why": planned.why,
+        "resources": {
+            "cpus": resources.cpus,
+            "gpus": resources.gpus,
+            "memory": resources.memory,
+            "workers": resources.workers,
+            "exclusive": resources.exclusive,
+        },
+        "parameters": prediction.parameters,
+        "body_parameters": prediction.body_parameters,
+        "flops": prediction.flops,
+        "kv_bytes_per_token": prediction.kv_bytes_per_token,
+        "seconds": duration and duration.seconds,
+        "seconds_from": duration and duration.basis,
+    }
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Print the plan: a line for every point of every matrix, or for every job of a large plan."""
+    points = _grouped(plan.cells, lambda planned: _point(planned))
+    if len(points) <= MOST_ROWS:
+        _points(points, console)
+    else:
+        _jobs(_grouped(plan.cells, lambda planned: planned.cell.job), console)
+    waiting = [planned for planned in plan.cells if planned.state != "reusable"]
+    console.print(
+        f"{len(plan.cells)} jobs: {_states(plan.cells)}. "
+        f"Job time to run, one after the other: {seconds(_total(waiting)) or '0 s'}."
+    )
+    for line in _bases(waiting):
+        console.print(line, style="dim")
+
+
+def _grouped(cells: Iterable[Planned], key: Callable[[Planned], str]) -> dict[str, list[Planned]]:
+    groups: dict[str, list[Planned]] = {}
+    for planned in cells:
+        groups.setdefault(key(planned), []).append(planned)
+    return groups
+
+
+def _point(planned: Planned) -> str:
+    """A cell's name without its seed: cells that differ in seeds alone share a line."""
+    return _unseeded(planned.cell.name, planned.cell.axes.get("seed"))
+
+
+def _unseeded(name: str, seed: Any) -> str:
+    return name.replace(f",seed={seed}]", "]").replace(f"[seed={seed}]", "")
+
+
+def _points(groups: Mapping[str, Sequence[Planned]], console: Console) -> None:
+    table = _table("job", "kind", "builds on", "seeds", "state", "resources")
+    for name, members in groups.items():
+        cell = members[0].cell
+        seed = cell.axes.get("seed")
+        above = [_unseeded(parent, seed) for role, parent in cell.parents.items() if role != "data"]
+        table.add_row(
+            escape(name),
+            cell.kind,
+            escape(" ".join([*above, *({_unseeded(need, seed): None for need in cell.needs})])),
+            ",".join(str(m.cell.axes["seed"]) for m in members if "seed" in m.cell.axes),
+            escape(_states(members)),
+            resources(cell.resources),
+            *_numbers(members),
+        )
+    console.print(table)
+
+
+def _states(members: Sequence[Planned]) -> str:
+    """`to run`, `2 reusable, 1 stale (tokens 100 -> 200)`: counts where states differ."""
+    counts = Counter(planned.state for planned in members)
+    parts = []
+    for state, count in counts.items():
+        whys = list(dict.fromkeys(p.why for p in members if p.state == state and p.why))
+        why = f" ({whys[0]})" if len(whys) == 1 else " (various)" if whys else ""
+        parts.append((state if len(counts) == 1 and len(members) < 2 else f"{count} {state}") + why)
+    return ", ".join(parts)
+
+
+def _jobs(groups: Mapping[str, Sequence[Planned]], console: Console) -> None:
+    table = _table("job", "kind", "cells", "state", "resources")
+    for name, members in groups.items():
+        shapes = {resources(planned.cell.resources) for planned in members}
+        table.add_row(
+            escape(name),
+            members[0].cell.kind,
+            str(len(members)),
+            escape(_states(members)),
+            shapes.pop() if len(shapes) == 1 else f"{len(shapes)} shapes",
+            *_numbers(members),
+        )
+    console.print(table)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, no_wrap=column in ("job", "kind"), overflow="fold")
+    for column in _COLUMNS:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _numbers(members: Sequence[Planned]) -> tuple[str, ...]:
+    """Parameters and KV bytes as a range, FLOPs and time as sums."""
+    flops = sum(p.prediction.flops or 0.0 for p in members)
+    return (
+        _range([p.prediction.parameters for p in members]),
+        quantity(flops) if flops else "",
+        _range([p.prediction.kv_bytes_per_token for p in members]),
+        seconds(_total(members)),
+    )
+
+
+def _range(values: Iterable[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    low, high = quantity(min(known)), quantity(max(known))
+    return low if low == high else f"{low}..{high}"
+
+
+def _total(members: Iterable[Planned]) -> float:
+    return sum(p.duration.seconds for p in members if p.duration is not None)
+
+
+def _bases(members: Iterable[Planned]) -> list[str]:
+    """Say what the times rest on."""
+    members = list(members)
+    used = Counter(p.duration.basis if p.duration else None for p in members)
+    meaning = {
+        "like jobs": "finished jobs of its kind and size",
+        "rate of its kind": "FLOPs at the rate of finished jobs of its kind",
+        "assumed rate": f"FLOPs at an assumed {quantity(CORE_FLOPS)}FLOP/s a CPU core, "
+        f"{quantity(GPU_FLOPS)}FLOP/s a GPU",
+        None: "unknown: no such job has finished yet, and it has no FLOPs to count",
+    }
+    return [f"time of {count}: {meaning[basis]}" for basis, count in used.items()]
+
+
+def resources(shape: Resources) -> str:
+    """Return `2 cpu 1 gpu x4, alone`."""
+    text = f"{shape.cpus} cpu"
+    if shape.gpus:
+        text += f" {shape.gpus} gpu"
+    if shape.memory:
+        text += f" {quantity(shape.memory)}B"
+    if shape.workers > 1:
+        text += f" x{shape.workers}"
+    return f"{text}, alone" if shape.exclusive else text
+
+
+def quantity(value: float) -> str:
+    """Return a number with three digits and a decimal prefix: 1.23 M."""
+    for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {prefix}"
+    return f"{value:.3g}"
+
+
+def seconds(value: float) -> str:
+    """Return a time as 0.4 s, 12 s, 3.2 min or 5.1 h; empty for none."""
+    if value <= 0:
+        return ""
+    if value < 100:
+        return f"{value:.2g} s"
+    if value < 6000:
+        return f"{value / 60:.2g} min"
+    return f"{value / 3600:,.3g} h"
