@@ -8,10 +8,8 @@ with another timestamp for another point.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NotRequired, TypedDict
-
-from kvlab.db.rows import JobRow, Point, WorkflowRow
 
 
 class WorkflowMessage(TypedDict):
@@ -70,49 +68,3 @@ class Message(TypedDict):
     jobs: NotRequired[list[JobMessage]]
     points: NotRequired[list[PointMessage]]
     report: NotRequired[str]
-
-
-def workflow_message(row: WorkflowRow, text: str | None = None) -> WorkflowMessage:
-    """State a stored workflow. `text` is its YAML, shown as the run's description."""
-    message: WorkflowMessage = {
-        "id": row.id,
-        "name": row.name,
-        "state": row.state.value,
-        "created_at": row.created_at,
-        "ended_at": row.ended_at,
-    }
-    return message if text is None else {**message, "text": text}
-
-
-def job_message(row: JobRow, jobs: Mapping[str, JobRow]) -> JobMessage:
-    """State a stored job.
-
-    Args:
-        jobs: the workflow's rows by name, to find the model that a measuring job is about.
-    """
-    model = jobs.get(row.parents.get("of", ""))
-    return {
-        "id": row.id,
-        "name": row.name,
-        "job": row.job,
-        "kind": row.kind,
-        "identity": row.identity,
-        "state": row.state.value,
-        "axes": row.axes,
-        "spec": row.spec,
-        "model": model.spec if model else None,
-        "started_at": row.started_at,
-        "ended_at": row.ended_at,
-        "cause": row.cause.value if row.cause else None,
-        "message": row.message,
-        "result": row.result,
-        "reused_from": row.reused_from,
-    }
-
-
-def point_messages(job_id: int, points: Iterable[Point]) -> list[PointMessage]:
-    """State stored points, with the timestamps they have in the store."""
-    return [
-        {"job_id": job_id, "key": p.key, "step": p.step, "value": p.value, "time_ms": p.time_ms}
-        for p in points
-    ]
