@@ -1,4 +1,4 @@
-"""Attention whose mask comes from positions: the plain torch twin every kernel is tested against."""
+"""Attention whose mask comes from positions: the torch twin that every kernel is tested against."""
 
 from __future__ import annotations
 
@@ -74,40 +74,61 @@ def attend(
         out [B, H, T, D_v], zero for a query that may read nothing; and the key mass
         [B, H, S] in float32, or None.
     """
-    group = q.shape[1] // k.shape[1]
     packed = q_positions is None
     causal = packed and not rule.strict and (rule.window is None or rule.window >= q.shape[2])
-    if mask is None and not causal and (packed or k_positions is not None):
-        if packed:
-            q_positions = k_positions = torch.arange(q.shape[2], device=q.device)[None]
-        assert q_positions is not None
-        assert k_positions is not None
+    if packed and not causal:
+        q_positions = k_positions = torch.arange(q.shape[2], device=q.device).unsqueeze(0)
+    if mask is None and q_positions is not None and k_positions is not None:
         mask = rule.allows(q_positions, k_positions)
     if want_key_mass:
         return _attend_and_weigh(q, k, v, mask, causal)
-    if group == 1:
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal), None
-    if mask is not None and mask.shape[1] > 1:
+    if q.shape[2] == 1 and not rule.strict:
+        return _attend_one(q, k, v, mask), None
+    return _attend_many(q, k, v, mask, causal), None
+
+
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """One query row per sequence: the query heads of a KV head become its rows.
+
+    On CPU 1.4 times as fast as `enable_gqa`, 5 to 25 times as repeating the keys.
+    """
+    batch, heads, _, dim = q.shape
+    grouped = q.reshape(batch, k.shape[1], -1, dim)
+    out = F.scaled_dot_product_attention(grouped, k, v, mask)
+    return out.reshape(batch, heads, 1, v.shape[-1])
+
+
+def _attend_many(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    group = q.shape[1] // k.shape[1]
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=group > 1)
+    if mask.shape[1] > 1:
         mask = mask.repeat_interleave(group, dim=1)
-    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
-    return out, None
+    if (
+        q.device.type == "cpu"
+    ):  # its kernel takes groups, and gives zero for a row that reads nothing
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=group > 1)
+    if group > 1:  # CUDA's fused kernels take a mask or groups, not both
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    readable = mask.any(-1, keepdim=True)
+    out = F.scaled_dot_product_attention(q, k, v, mask | ~readable)
+    return out.masked_fill(~readable, 0.0)
 
 
 def _attend_and_weigh(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Attention with its probabilities in the open, softmax in float32."""
+    """Attention with its probabilities in the open; scores and softmax in float32."""
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
-    grouped = q.reshape(batch, kv_heads, heads // kv_heads, rows, dim)
-    scores = (grouped @ k.unsqueeze(2).transpose(-1, -2)).float() * dim**-0.5
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, rows, dim).float() * dim**-0.5
+    scores = grouped @ k.float().unsqueeze(2).transpose(-1, -2)  # [B, H_kv, G, T, S]
     if causal:
         mask = torch.ones(rows, keys, dtype=torch.bool, device=q.device).tril()[None, None]
     if mask is not None:
-        mask = mask.unsqueeze(2)
-        scores = scores.masked_fill(~mask, float("-inf"))
+        scores = scores.masked_fill(~mask.unsqueeze(2), torch.finfo(scores.dtype).min)
     shares = scores.softmax(-1)
     if mask is not None:
-        shares = shares.masked_fill(~mask, 0.0)  # a row that may read nothing is all NaN
+        shares = shares * mask.unsqueeze(2)  # a row that may read nothing gives zero
     out = (shares.to(v.dtype) @ v.unsqueeze(2)).reshape(batch, heads, rows, v.shape[-1])
     return out, shares.sum(-2).reshape(batch, heads, keys)

@@ -28,7 +28,7 @@ def linear_nll(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else table.dtype
-    nll: Tensor = _LinearNll.apply(hidden, table, targets, dtype)
+    nll: Tensor = _LinearNll.apply(hidden, table, targets, dtype)  # type: ignore[no-untyped-call]
     return nll
 
 
@@ -54,7 +54,7 @@ class _LinearNll(torch.autograd.Function):
         return torch.cat(nll).squeeze(1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, table, targets, normaliser, *kept = ctx.saved_tensors
         weight = table.to(ctx.dtype)

@@ -54,7 +54,7 @@ class Value:
         cost: "package.module" whose functions predict this value's cost without torch.
         paper: arXiv identifier.
         default: what the axis is when a method does not choose on it.
-        check: (params, config) -> problems, for what a field's range cannot say; config may be None.
+        check: (params, config) -> problems that no field's range can say; config may be None.
         uptrained: params -> params as a model converted from a checkpoint has them.
         span: granularity only: params -> tokens that one position stands for; None: one.
         sources: packages whose files decide the result (part of a job's identity).

@@ -13,10 +13,12 @@ from kvlab.kernels.attention import Rule
 class Step(NamedTuple):
     """One forward pass as the decoder was called: what each query row is.
 
-    ids [B, T] (None where the rows are embeddings: block granularity), positions [B, T] (EMPTY on
-    padding). `positions` None states packed rows 0..T-1 without padding.
+    rows: T, of them per sequence. ids [B, T] (None where the rows are embeddings: block
+    granularity), positions [B, T] (EMPTY on padding). `positions` None states packed rows 0..T-1
+    without padding.
     """
 
+    rows: int
     ids: Tensor | None
     positions: Tensor | None
 
@@ -24,8 +26,8 @@ class Step(NamedTuple):
 class Extra(NamedTuple):
     """Query rows a cache adds to a step (ADORE's rebuild): they run beside the caller's rows.
 
-    ids [B, R], positions [B, R] (EMPTY where a sample needs fewer), persist [B, R] bool: whether the
-    row's keys and values stay in the cache after the step.
+    ids [B, R], positions [B, R] (EMPTY where a sample needs fewer), persist [B, R] bool: whether
+    the row's keys and values stay in the cache after the step.
     """
 
     ids: Tensor
@@ -78,17 +80,19 @@ class Cache(ABC):
         """Return what queries may read of KV layer `layer`: this step's rows included."""
 
     def rule(self, layer: int, own: Rule) -> Rule:
-        """The mask rule of decoder layer `layer`: `own` is the model's, which a cache may tighten."""
+        """What a query of decoder layer `layer` may read: `own`, the model's, or a tighter one."""
         return own
 
     def rotary_positions(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Positions to rotate (queries [B, T], keys [B, S]) by; only when `rotates`."""
         raise NotImplementedError
 
-    def observe(self, layer: int, before: Tensor, after: Tensor, key_mass: Tensor | None) -> None:
-        """See the residual stream [B, T, W] around a layer's attention, and its key mass [B, H, S]."""
+    def observe(  # noqa: B027
+        self, layer: int, before: Tensor, after: Tensor, key_mass: Tensor | None
+    ) -> None:
+        """See the residual stream [B, T, W] around a layer's attention; its key mass [B, H, S]."""
 
-    def finish(self) -> None:
+    def finish(self) -> None:  # noqa: B027
         """End the pass: keep, evict, free."""
 
     @abstractmethod

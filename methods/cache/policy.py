@@ -1,4 +1,4 @@
-"""The interface of an eviction policy: which past tokens a cache keeps."""
+"""The interface of an eviction policy: which past rows a slot cache keeps."""
 
 from __future__ import annotations
 
@@ -9,18 +9,38 @@ from kvlab.kernels.attention import Rule
 
 
 class Policy(ABC):
-    """Decides what each layer of one cache keeps.
+    """Decides which rows each layer of a `SlotCache` keeps.
 
-    One instance serves one cache, from the prompt to the last token.
+    An eviction value names it as its implementation. It is made as `cls(params)`, one instance per cache, and never sees a tensor: what stays depends
+    on the number of a row alone. Rows are numbered from 0 with left padding counted, so a number
+    means the same for all samples, and a decode step needs no word from the device.
+
+    A policy whose choice depends on content (attention mass, a learned score), differs between
+    samples or KV heads, or adds query rows, is a `Cache` of its own behind the same seam.
     """
 
     def __init__(self, params: Any) -> None:
         self.params = params
 
     @abstractmethod
-    def capacity(self, layer: int, tokens: int) -> int:
-        """Rows that KV layer `layer` holds at most in a sequence of `tokens` tokens."""
+    def capacity(self, layer: int, rows: int) -> int:
+        """Rows that KV layer `layer` holds at most while a sequence grows to `rows` rows.
+
+        The cache holds fewer where the model's own window is smaller.
+        """
+
+    def slot(self, row: int, capacity: int) -> int:
+        """The slot, of `capacity`, that row number `row` overwrites.
+
+        Free slots are taken in order: row r < capacity goes to slot r. The default is a ring: the
+        oldest row goes. The row that is overwritten is gone before the new row's query reads.
+        """
+        return row % capacity
 
     def rule(self, layer: int, own: Rule) -> Rule:
-        """What a query of decoder layer `layer` may read; `own` is the model's rule."""
+        """What a query of decoder layer `layer` may read; `own` is the model's rule.
+
+        It must allow no row that a full cache of this capacity would have dropped: a prompt is
+        read in one pass, before anything is dropped, and must be read under the same rule.
+        """
         return own

@@ -1,31 +1,67 @@
-"""Storage of a decoder's past: preallocated rows per layer, written in place."""
+"""Storage of a decoder's past: preallocated slots per layer, written in place."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kvlab import KvlabError
 from kvlab.kernels.attention import EMPTY, Rule
-from kvlab.methods.axis import Method
+from kvlab.methods.axis import Method, resolve
 from kvlab.methods.cache.interface import Cache, Extra, Keys, Step
 from kvlab.methods.cache.policy import Policy
 from kvlab.methods.decoder.config import DecoderConfig
 
 
-@dataclass
 class _Table:
-    """The position of every slot, shared by the layers that have as many."""
+    """The positions [B, C] in the slots of every layer that has C of them.
 
-    positions: Tensor
-    view: Tensor | None = None
+    Attributes:
+        held: slots in use before the pass; `readable`: positions its queries may meet, as `read`
+            returns them.
+        rows, slots: the rows of the pass that stay after it, and where they go.
+    """
+
+    def __init__(self, batch: int, capacity: int, device: torch.device) -> None:
+        self.capacity = capacity
+        self.positions = torch.full((batch, capacity), EMPTY, device=device)
+        self.held = 0
+        self.readable: Tensor | None = None
+        self.rows: slice | Tensor = slice(0)
+        self.slots: slice | Tensor = slice(0)
+
+    def place(self, policy: Policy, seen: int, arriving: int) -> None:
+        """Find where rows number `seen` and on go; of two rows for one slot the later one stays."""
+        owner = {policy.slot(seen + row, self.capacity): row for row in range(arriving)}
+        ordered = sorted(owner.items(), key=lambda item: item[1])
+        device = self.positions.device
+        self.slots = _index([slot for slot, _ in ordered], device)
+        self.rows = _index([row for _, row in ordered], device)
+
+    def store(self, positions: Tensor) -> None:
+        self.positions[:, self.slots] = positions[:, self.rows]
+
+
+class _Layer:
+    """Keys and values [B, H_kv, C, D], and the rows of this pass that are not in them yet."""
+
+    def __init__(self, k: Tensor, v: Tensor, table: _Table) -> None:
+        self.k, self.v, self.table = k, v, table
+        self.fresh: tuple[Tensor, Tensor] | None = None
 
 
 class SlotCache(Cache):
-    """Keeps [B, H_kv, C, D] keys and values per layer; a full ring overwrites its oldest row.
+    """The cache of every policy that decides by a row's number: full attention, windows, sinks.
 
-    Prompts are left-padded, so all samples use the same slot for the same row of a step.
+    A pass of several rows (a prompt, or more of it) reads past rows and its own, and each layer
+    stores what stays as soon as it has read. A pass of one row overwrites its slot first and reads
+    the storage where it lies: a decode step copies no past row.
+
+    Args:
+        config: of the decoder whose past it holds.
+        policy: what stays.
+        batch: sequences, left-padded to one length.
+        rows: the longest a sequence gets, padding included.
     """
 
     def __init__(
@@ -34,79 +70,105 @@ class SlotCache(Cache):
         policy: Policy,
         *,
         batch: int,
-        tokens: int,
+        rows: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         self._policy = policy
+        self._limit = rows
         self._seen = 0
-        self._rows = 0
+        self._arriving = 0
         self._padded = False
-        self._fresh: dict[int, Keys] = {}
+        self._positions: Tensor | None = None
         self._tables: dict[int, _Table] = {}
-        self._layers: list[tuple[Tensor, Tensor, int]] = []
-        for layer in range(config.layers):
-            window = config.windows[layer] if config.windows else None
-            capacity = min(policy.capacity(layer, tokens), window or tokens, tokens)
-            shape = (batch, config.kv_heads, capacity, config.head_dim)
-            k = torch.empty(shape, device=device, dtype=dtype)
-            self._layers.append((k, torch.empty_like(k), capacity))
+        self._layers: list[_Layer] = []
+        for layer, window in enumerate(config.windows or (None,) * config.layers):
+            capacity = min(policy.capacity(layer, rows), window or rows, rows)
             if capacity not in self._tables:
-                table = torch.full((batch, capacity), EMPTY, device=device)
-                self._tables[capacity] = _Table(table)
+                self._tables[capacity] = _Table(batch, capacity, device)
+            shape = (batch, config.kv_heads, capacity, config.head_dim)
+            k, v = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
+            self._layers.append(_Layer(k, v, self._tables[capacity]))
 
     def rule(self, layer: int, own: Rule) -> Rule:
         return self._policy.rule(layer, own)
 
     def plan(self, step: Step) -> Extra | None:
-        if step.positions is not None:
-            self._rows = step.positions.shape[1]
-            self._padded |= self._seen == 0
-        for capacity, table in self._tables.items():
-            if self._seen and step.positions is not None:
-                slot = self._seen % capacity
-                table.positions[:, slot : slot + 1] = step.positions
-                table.view = table.positions[:, : self._seen + 1] if self._padded else None
+        if self._seen + step.rows > self._limit:
+            raise KvlabError(
+                f"the cache was opened for {self._limit} positions and is asked for "
+                f"{self._seen + step.rows}: start the session with more new_tokens"
+            )
+        self._arriving, self._positions = step.rows, step.positions
+        if not self._seen:
+            self._padded = step.positions is not None
+        for table in self._tables.values():
+            table.place(self._policy, self._seen, step.rows)
+            table.held = min(self._seen, table.capacity)
+            if not self._seen:
+                table.readable = step.positions
+            elif self._one:
+                table.store(self._known())
+                held = min(self._seen + 1, table.capacity)
+                table.readable = table.positions[:, :held] if self._padded else None
+            else:
+                past = table.positions[:, : table.held]
+                table.readable = torch.cat((past, self._known()), dim=1)
         return None
 
     def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor | None) -> None:
-        keys, values, capacity = self._layers[layer]
-        rows = k.shape[2]
-        if self._seen == 0:
-            self._rows = rows
-            self._fresh[layer] = Keys(k, v, positions)
-            kept = min(rows, capacity)
-            slots = torch.arange(rows - kept, rows, device=k.device) % capacity
-            keys[:, :, slots] = k[:, :, rows - kept :]
-            values[:, :, slots] = v[:, :, rows - kept :]
-            table = self._tables[capacity].positions
-            if positions is None:
-                table[:, slots] = torch.arange(rows - kept, rows, device=k.device)
-            else:
-                table[:, slots] = positions[:, rows - kept :]
-            return
-        slot = self._seen % capacity
-        keys[:, :, slot : slot + 1] = k
-        values[:, :, slot : slot + 1] = v
+        store = self._layers[layer]
+        if self._one:
+            store.k[:, :, store.table.slots] = k
+            store.v[:, :, store.table.slots] = v
+        else:
+            store.fresh = k, v
 
     def read(self, layer: int) -> Keys:
-        if self._seen == 0:
-            return self._fresh[layer]
-        keys, values, capacity = self._layers[layer]
-        held = min(self._seen + 1, capacity)
-        return Keys(keys[:, :, :held], values[:, :, :held], self._tables[capacity].view)
+        store = self._layers[layer]
+        table = store.table
+        if store.fresh is None:
+            held = min(self._seen + 1, table.capacity)
+            return Keys(store.k[:, :, :held], store.v[:, :, :held], table.readable)
+        k, v = store.fresh
+        if table.held:
+            k = torch.cat((store.k[:, :, : table.held], k), dim=2)
+            v = torch.cat((store.v[:, :, : table.held], v), dim=2)
+        return Keys(k, v, table.readable)
 
     def observe(self, layer: int, before: Tensor, after: Tensor, key_mass: Tensor | None) -> None:
-        self._fresh.pop(layer, None)
+        """Store the rows that stay, and let go of the others: this layer has read them."""
+        store = self._layers[layer]
+        if store.fresh is not None:
+            k, v = store.fresh
+            store.k[:, :, store.table.slots] = k[:, :, store.table.rows]
+            store.v[:, :, store.table.slots] = v[:, :, store.table.rows]
+            store.fresh = None
 
     def finish(self) -> None:
-        self._seen += self._rows
-        self._rows = 1
+        if not self._one:
+            for table in self._tables.values():
+                table.store(self._known())
+        self._seen += self._arriving
 
     def nbytes(self) -> int:
-        storages = [t for k, v, _ in self._layers for t in (k, v)]
+        storages = [t for layer in self._layers for t in (layer.k, layer.v)]
         storages += [table.positions for table in self._tables.values()]
         return sum(t.untyped_storage().nbytes() for t in storages)
+
+    @property
+    def _one(self) -> bool:
+        """Whether the pass adds one row to a past."""
+        return self._seen > 0 and self._arriving == 1
+
+    def _known(self) -> Tensor:
+        """The positions [B or 1, T] of the pass's rows."""
+        if self._positions is not None:
+            return self._positions
+        if self._seen:
+            raise KvlabError("only the first pass over a cache may leave its positions out")
+        device = next(iter(self._tables.values())).positions.device
+        return torch.arange(self._arriving, device=device).unsqueeze(0)
 
 
 def open_cache(
@@ -122,12 +184,19 @@ def open_cache(
 
     Args:
         config: of the decoder whose past it will hold.
-        apply: eviction (budget and precision later); None is the full cache.
-        batch: sequences. tokens: positions of the longest one at most, prompt included (blocks for
-            a block decoder).
+        apply: its eviction counts; None is the full cache.
+        batch: sequences, left-padded to one length.
+        tokens: positions of a sequence at most, padding included (blocks for a block decoder).
+        device, dtype: of the storages.
     """
-    from kvlab.methods.axis import resolve
-
     choice = (apply or resolve({}))["eviction"]
     policy: Policy = choice.value.load()(choice.params)
-    return SlotCache(config, policy, batch=batch, tokens=tokens, device=device, dtype=dtype)
+    return SlotCache(config, policy, batch=batch, rows=tokens, device=device, dtype=dtype)
+
+
+def _index(numbers: list[int], device: torch.device) -> slice | Tensor:
+    """A slice where the numbers are consecutive: it copies less than an index."""
+    first = numbers[0]
+    if numbers == list(range(first, first + len(numbers))):
+        return slice(first, first + len(numbers))
+    return torch.tensor(numbers, device=device)

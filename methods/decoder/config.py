@@ -102,35 +102,36 @@ class DecoderConfig:
 def llama(
     width: int, layers: int, heads: int, kv_heads: int, ffn_width: int, **rest: Any
 ) -> dict[str, Any]:
-    head_dim = rest.pop("head_dim", width // heads)
-    return dict(
-        width=width,
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        ffn_width=ffn_width,
+    """Sizes of the Llama family: RMSNorm, SwiGLU, rotary over the whole head, no biases."""
+    return {
+        "width": width,
+        "layers": layers,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": width // heads,
+        "ffn_width": ffn_width,
         **rest,
-    )
+    }
 
 
 def gpt_neox(width: int, layers: int, heads: int) -> dict[str, Any]:
-    return dict(
-        width=width,
-        layers=layers,
-        heads=heads,
-        kv_heads=heads,
-        head_dim=width // heads,
-        ffn_width=4 * width,
-        norm="layer",
-        activation="gelu",
-        gated=False,
-        parallel=True,
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        rotary_fraction=0.25,
-    )
+    """Sizes of the GPT-NeoX family: LayerNorm, GELU, biases, parallel residual, partial rotary."""
+    return {
+        "width": width,
+        "layers": layers,
+        "heads": heads,
+        "kv_heads": heads,
+        "head_dim": width // heads,
+        "ffn_width": 4 * width,
+        "norm": "layer",
+        "activation": "gelu",
+        "gated": False,
+        "parallel": True,
+        "qkv_bias": True,
+        "out_bias": True,
+        "mlp_bias": True,
+        "rotary_fraction": 0.25,
+    }
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -71,7 +71,7 @@ class Decoder(nn.Module):
         """
         cache = EphemeralCache() if cache is None else cache
         rows = hidden.shape[1]
-        extra = cache.plan(Step(ids, positions))
+        extra = cache.plan(Step(rows, ids, positions))
         if extra is not None:
             if positions is None:
                 positions = torch.arange(rows, device=hidden.device).expand(len(hidden), rows)

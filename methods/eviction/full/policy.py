@@ -8,5 +8,5 @@ from kvlab.methods.cache.policy import Policy
 class FullPolicy(Policy):
     """Keeps every row."""
 
-    def capacity(self, layer: int, tokens: int) -> int:
-        return tokens
+    def capacity(self, layer: int, rows: int) -> int:
+        return rows

@@ -14,8 +14,8 @@ class SlidingWindowPolicy(Policy):
 
     params: SlidingWindowParams
 
-    def capacity(self, layer: int, tokens: int) -> int:
-        return min(self.params.window, tokens)
+    def capacity(self, layer: int, rows: int) -> int:
+        return min(self.params.window, rows)
 
     def rule(self, layer: int, own: Rule) -> Rule:
         window = self.params.window
