@@ -46,6 +46,8 @@ def claim(connection: Connection, workflow_id: int, owner: str, ttl: float, now:
     ).one_or_none()
     if row is None:
         raise NotFound(f"there is no workflow {workflow_id}: see `kvlab status`")
+    if row.owner is None:
+        return claim(connection, workflow_id, owner, ttl, now)  # released in between
     raise Held(workflow_id, row.owner, row.expires_at, now)
 
 

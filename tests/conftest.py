@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,9 @@ _NUMBERS = itertools.count()
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[Any]:
     """One server a session, on a socket of its own, in a folder that another user may enter."""
-    import pgserver
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it has no runtime directory in a container and says so
+        import pgserver
 
     server = pgserver.get_server(tempfile.mkdtemp(prefix="kvlab-pg-"), cleanup_mode="delete")
     # Tests kill processes, never the machine.
