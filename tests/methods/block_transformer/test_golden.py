@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -52,9 +53,13 @@ class Case:
         }
 
 
-def cases(*names: str) -> pytest.MarkDecorator:
-    """Parametrise over the files that hold all of these tensors."""
-    paths = [path for path in CASES if set(names) <= set(load_file(path))]
+def cases(*patterns: str) -> pytest.MarkDecorator:
+    """Parametrise over the files that hold tensors of all these names."""
+    paths = []
+    for path in CASES:
+        names = list(load_file(path))
+        if all(any(re.fullmatch(pattern, name) for name in names) for pattern in patterns):
+            paths.append(path)
     assert paths
     ids = [f"{path.parents[1].name}-{path.stem}" for path in paths]
     return pytest.mark.parametrize("case", paths, ids=ids, indirect=True)
@@ -133,20 +138,26 @@ def test_packer(case: Case) -> None:
     assert differing == [place for place in unmasked if place < golden.numel()]
 
 
-@cases("gen.p12.greedy", "gen.p10.greedy")
-@pytest.mark.parametrize("prompt", [12, 10])
-def test_greedy_ids(case: Case, prompt: int) -> None:
-    golden = case[f"gen.p{prompt}.greedy"]
-    prompts = case["clean.input_ids"][:, :prompt].tolist()
-    assert generate(case.model, prompts, 24) == golden[:, prompt:].tolist()
+@cases(r"gen\.p\d+\.greedy")
+def test_greedy_ids(case: Case) -> None:
+    """Aligned and unaligned prompts, with the positions that training uses."""
+    found = [re.fullmatch(r"gen\.p(\d+)\.greedy", name) for name in case.tensors]
+    lengths = [int(match[1]) for match in found if match]
+    for prompt in lengths:
+        golden = case[f"gen.p{prompt}.greedy"]
+        prompts = golden[:, :prompt].tolist()
+        assert (
+            generate(case.model, prompts, golden.shape[1] - prompt) == golden[:, prompt:].tolist()
+        )
 
 
-@cases("gen_eos.p12.output")
+@cases(r"gen_eos\.p\d+\.output")
 def test_greedy_ids_up_to_the_end_of_text(case: Case) -> None:
-    eos = case.info["gen_eos"]["eos_token_id"]
-    golden = [row[: row.index(eos) + 1] for row in case.info["gen_eos"]["new_tokens"]]
-    prompts = case["clean.input_ids"][:, :12].tolist()
-    assert generate(case.model, prompts, 12, eos=eos) == golden
+    about = case.info["gen_eos"]
+    eos, prompt = about["eos_token_id"], about["prompt_len"]
+    golden = [row[: row.index(eos) + 1] for row in about["new_tokens"]]
+    prompts = case["clean.input_ids"][:, :prompt].tolist()
+    assert generate(case.model, prompts, len(about["new_tokens"][0]), eos=eos) == golden
 
 
 def vanilla(case: Case) -> TokenModel:
@@ -175,7 +186,8 @@ def test_the_vanilla_decoder(case: Case) -> None:
 
 @cases("vanilla_logits")
 def test_uptraining_starts_from_the_reference_conversion(case: Case) -> None:
-    method = resolve({"block_transformer": {"block_length": case.config["LB"]}})
+    sizes = {"block_length": case.config["LB"], "prefix_length": case.config["prefix"]}
+    method = resolve({"block_transformer": sizes})
     model = convert(vanilla(case), method)
     expected = case.model.state_dict()
     found = model.state_dict()
