@@ -19,7 +19,7 @@ WORKFLOW = f"""version: 1
 name: many
 seeds: [{", ".join(map(str, range(SEEDS)))}]
 model: {{preset: nano}}
-data: {{source: python, tokenizer: bytes, sequence_length: 256}}
+data: {{source: python, tokenizer: {{bpe: 2048}}, sequence_length: 256}}
 jobs:
   base:
     matrix: {{train.learning_rate: [{", ".join(f"{1e-4 * (i + 1):.6f}" for i in range(RATES))}]}}
@@ -48,7 +48,7 @@ def run() -> list[Line]:
 
         call("--help")
         helps = [seconds(lambda: call("--help")) for _ in range(HELP_REPEATS)]
-        planned = len(json.loads(call("plan", "--json", str(file)))["cells"])
+        planned = len(json.loads(call("plan", "--json", str(file)))["jobs"])
         plans = [seconds(lambda: call("plan", "--json", str(file))) for _ in range(PLAN_REPEATS)]
     wanted = 2 * SEEDS * RATES
     return [
@@ -59,7 +59,7 @@ def run() -> list[Line]:
             middle(plans),
             better="less",
             limit=3.0,
-            void="" if planned >= wanted else f"{planned} cells were planned, not {wanted}",
+            void="" if planned >= wanted else f"{planned} jobs were planned, not {wanted}",
             detail={"samples": plans},
         ),
     ]
