@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from kvlab.platform.jobs.kind import Kind, Parent, Prediction, Settings, Surroundings
-from kvlab.platform.jobs.method import axis_sources
+from kvlab.platform.jobs.method import axis_sources, canonical, uptrained
 from kvlab.platform.jobs.model import lineage, method_of
 from kvlab.platform.jobs.reference import One
 from kvlab.platform.jobs.train.settings import (
@@ -61,7 +61,7 @@ class Uptrain(Kind):
         distill, lora = settings.distill, settings.lora
         return {
             **optimization_spec(settings, around),
-            "method": settings.method.uptrained().to_dict(),
+            "method": canonical(uptrained(settings.method)),
             "lora": lora and lora.model_dump(mode="json"),
             "distill": distill and distill.model_dump(exclude={"from_"}),
         }
@@ -69,9 +69,9 @@ class Uptrain(Kind):
     def check(self, settings: Settings, around: Surroundings) -> Iterable[tuple[str, str]]:
         assert isinstance(settings, UptrainSettings)
         config, before = lineage(around.parents["from"])
-        wanted = settings.method.uptrained().to_dict()
+        wanted = canonical(uptrained(settings.method))
         length = settings.sequence_length or around.data["sequence_length"]
-        yield from optimization_problems(settings.method.uptrained(), config, length)
+        yield from optimization_problems(uptrained(settings.method), config, length)
         if before and before != wanted:
             yield (
                 "from",
@@ -102,4 +102,4 @@ class Uptrain(Kind):
         from kvlab.platform.jobs.cost import training
 
         config, _ = lineage(parents["from"])
-        return training(config, method_of(spec["method"]), spec)
+        return training(config, spec)

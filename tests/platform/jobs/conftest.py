@@ -6,7 +6,7 @@ import pytest
 
 from kvlab.platform.jobs.local import run_cell
 
-WORDS = "the cache keeps what a model has seen and every token reads all of it again".split()
+WORDS = "the cache keeps what a model has seen and every token reads all of it again"
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +16,7 @@ def data(tmp_path_factory):
     (folder / "in").mkdir()
     draw = random.Random(0)
     for i in range(80):
-        words = [draw.choice(WORDS) for _ in range(draw.randint(5, 40))]
+        words = [draw.choice(WORDS.split()) for _ in range(draw.randint(5, 40))]
         (folder / "in" / f"{i:02}.txt").write_text(" ".join(words))
     spec = {
         "source": {"kind": "folder", "path": str(folder / "in"), "pattern": "*.txt"},

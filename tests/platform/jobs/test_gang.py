@@ -56,9 +56,7 @@ def gang(data, train_spec, block, tmp_path_factory):
         asked = {"rank": rank, "workers": 2, "data": str(data), "jobs": jobs}
         command = [sys.executable, str(WORKER), json.dumps(asked)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        ranks.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        )
+        ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     try:
         said = [process.communicate(timeout=120)[0] for process in ranks]
     finally:
@@ -102,9 +100,7 @@ def test_a_sharded_checkpoint_goes_on_in_one_process(gang, data, tmp_path):
     assert found["fsdp-stopped"]["result"] == "stopped"
     once, resumed = tmp_path / "once", tmp_path / "resumed"
     alone(data, specs["ddp"], once)
-    run_cell(
-        "train", specs["ddp"], {"data": data}, resumed, checkpoints=folder / "checkpoints"
-    )
+    run_cell("train", specs["ddp"], {"data": data}, resumed, checkpoints=folder / "checkpoints")
     assert difference(once, resumed) < 2e-5
 
 

@@ -1,6 +1,7 @@
 """Training: exact resumption, the right gradient, divergence, and what is published."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_a_checkpoint_of_another_model_is_refused(data, train_spec, block, tmp_p
     with pytest.raises(Exception, match="is of another model"):
         run_cell("train", other, {"data": data}, tmp_path / "two", checkpoints=kept)
     (kept / "10" / "state.safetensors").write_bytes(b"torn")
-    with pytest.raises(Exception, match="checkpoint .* not readable"):
+    with pytest.raises(Exception, match=r"checkpoint .* not readable"):
         run_cell("train", spec, {"data": data}, tmp_path / "three", checkpoints=kept)
 
 
@@ -153,5 +154,5 @@ def test_the_learning_rate_warms_up_then_falls_to_its_share():
     assert rates[:10] == [pytest.approx((i + 1) / 10) for i in range(10)]
     assert rates[10] == pytest.approx(1.0)
     assert rates[99] == pytest.approx(0.2)
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a > b for a, b in pairwise(rates[10:]))
     assert learning_rate(0, 1, {**spec, "warmup": 0.0}) == 1.0

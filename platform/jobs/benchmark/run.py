@@ -1,0 +1,170 @@
+"""The benchmark job: prefill, decode and memory of a model, with the node to itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from kvlab.methods.axis import TRAIN_TIME, Method, from_dict
+from kvlab.methods.cost import Cost, cost_of
+from kvlab.methods.model import LanguageModel
+from kvlab.methods.store import load as load_model
+from kvlab.platform.jobs import environment, memory
+from kvlab.platform.jobs.benchmark import load
+from kvlab.platform.jobs.benchmark.measure import Generation, generate
+from kvlab.platform.jobs.benchmark.median import summarise
+from kvlab.platform.jobs.context import Context, Stopped
+
+ENOUGH = 5
+"""Repeats from which a median's interval is worth printing (93.75 % at five)."""
+
+
+def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
+    """Measure every batch size, and the largest batch whose cache fits `kv_budget`.
+
+    Args:
+        spec: prompt, generate (tokens), batch (sizes), repeats, warmup, apply (run-time axes),
+            kv_budget (bytes or None), dtype ("auto": float32 on a CPU, bfloat16 on CUDA), seed.
+
+    Returns:
+        rows (one per batch size), largest_batch, gates (all true: the timings count), load,
+        environment. Times in seconds, rates in tokens per second, sizes in bytes.
+    """
+    device = environment.prepare(context, spec["seed"])
+    taken, others = load.taken(device), load.before()
+    during = load.Load()
+    dtype = _dtype(spec["dtype"], device)
+    model = load_model(context.inputs["of"], device=str(device), dtype=dtype).eval()
+    bench = Bench(model, spec, context, device)
+    rows = [bench.row(batch) for batch in spec["batch"]]
+    largest = None
+    if spec["kv_budget"] is not None:
+        largest = bench.largest(spec["kv_budget"], rows[0])
+        if largest and largest not in spec["batch"]:
+            rows.append(bench.row(largest))
+    busy = [cores for cores in (others, during.cores()) if cores is not None]
+    return {
+        "rows": rows,
+        "largest_batch": largest,
+        "gates": {
+            "alone": bool(busy)
+            and max(busy) <= load.MOST_CORES
+            and (taken or 0) <= load.MOST_MEMORY,
+            "repeats_enough": spec["repeats"] >= ENOUGH,
+            "tokens_as_asked": bench.as_asked,
+        },
+        "load": {
+            "cores_of_others_before": others,
+            "cores_of_others_during": busy[-1] if busy else None,
+            "gpu_bytes_taken_before": taken,
+        },
+        "environment": environment.capture(context, dtype=str(dtype).removeprefix("torch.")),
+    }
+
+
+class Bench:
+    """A model under its run-time axes, measured at one batch size after another.
+
+    Attributes:
+        as_asked: every generation so far had the tokens, in text and in cache, that were asked.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        spec: Mapping[str, Any],
+        context: Context,
+        device: torch.device,
+    ) -> None:
+        self.model, self.spec, self.context, self.device = model, spec, context, device
+        self.apply = from_dict(spec["apply"]) if spec["apply"] else None
+        self.cost = _cost(model, self.apply)
+        self.itemsize = next(model.parameters()).element_size()
+        self.as_asked = True
+
+    def once(self, batch: int, repeat: int = 0) -> Generation:
+        """Generate once from random prompts; those of one repeat are the same for every arm."""
+        if self.context.stopping():
+            raise Stopped
+        spec = self.spec
+        draw = torch.Generator().manual_seed((spec["seed"] or 0) * 1_000_003 + repeat)
+        shape = (batch, spec["prompt"])
+        prompts = torch.randint(self.model.config.vocab_size, shape, generator=draw)
+        found = generate(self.model, prompts.to(self.device), spec["generate"], self.apply)
+        asked = batch * (spec["prompt"] + spec["generate"])
+        self.as_asked &= found.kv_tokens == asked
+        self.as_asked &= found.ids.shape == (batch, spec["generate"])
+        return found
+
+    def row(self, batch: int) -> dict[str, Any]:
+        """Measure one batch size."""
+        spec = self.spec
+        for repeat in range(spec["warmup"]):
+            self.once(batch, repeat)
+        peak = memory.Peak(self.device)
+        found = []
+        for repeat in range(spec["repeats"]):
+            found.append(self.once(batch, repeat))
+            self.context.progress(repeat + 1, spec["repeats"], f"batch {batch}")
+        # On CUDA the allocator's peak holds the weights already.
+        weights = 0 if self.device.type == "cuda" else _weight_bytes(self.model)
+        generated, last = batch * spec["generate"], found[-1]
+        length = spec["prompt"] + spec["generate"]
+        rates = [generated / (g.first_token + g.decode) for g in found]
+        decoded = batch * (spec["generate"] - 1)
+        return {
+            "batch": batch,
+            "prompt": spec["prompt"],
+            "generate": spec["generate"],
+            "prefill_seconds": summarise([g.prefill for g in found]),
+            "time_to_first_token": summarise([g.first_token for g in found]),
+            "decode_tokens_per_second": (
+                summarise([decoded / g.decode for g in found]) if decoded else None
+            ),
+            "tokens_per_second": summarise(rates),
+            "kv_bytes": last.kv_bytes,
+            "kv_tokens": last.kv_tokens,
+            "kv_bytes_per_token": last.kv_bytes / last.kv_tokens,
+            "kv_bytes_per_token_predicted": self.cost.kv_bytes_per_token(length, self.itemsize),
+            "peak_memory_bytes": peak.bytes() + weights,
+            "peak_memory_source": peak.source if not weights else f"weights + {peak.source}",
+        }
+
+    def largest(self, budget: int, row: Mapping[str, Any]) -> int:
+        """Return the largest batch whose cache was seen to fit the budget; 0 where none does.
+
+        It is reckoned from the bytes per sequence that were measured, then run: what the cache
+        holds decides, and a batch that the device's memory cannot take is lowered by a tenth.
+        """
+        batch = int(budget // (row["kv_bytes"] / row["batch"]))
+        while batch:
+            try:
+                held = self.once(batch).kv_bytes
+            except (torch.OutOfMemoryError, MemoryError):
+                batch = batch * 9 // 10
+                continue
+            if held <= budget:
+                return batch
+            batch -= 1
+        return 0
+
+
+def _cost(model: LanguageModel, apply: Method | None) -> Cost:
+    choices = dict(model.method.choices)
+    if apply is not None:
+        choices |= {axis: c for axis, c in apply.choices.items() if axis not in TRAIN_TIME}
+    return cost_of(model.config, Method(model.method.label, choices))
+
+
+def _dtype(asked: str, device: torch.device) -> torch.dtype:
+    if asked == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    found = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return found[asked]
+
+
+def _weight_bytes(model: LanguageModel) -> int:
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in model.parameters()}
+    return sum(storage.nbytes() for storage in storages.values())

@@ -1,0 +1,139 @@
+"""Benchmarks: what is timed, what the cache holds, and when a number does not count."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+
+from kvlab.methods.store import load
+from kvlab.platform.jobs import memory
+from kvlab.platform.jobs.benchmark.load import Load
+from kvlab.platform.jobs.benchmark.measure import generate
+from kvlab.platform.jobs.benchmark.median import summarise
+from kvlab.platform.jobs.context import Stopped
+from kvlab.platform.jobs.local import run_cell
+
+SPEC = {
+    "prompt": 9, "generate": 7, "batch": [1, 3], "repeats": 5, "warmup": 1, "apply": {},
+    "kv_budget": None, "dtype": "auto", "seed": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def blocks(data, train_spec, base, block, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("blocks")
+    spec = {**train_spec(method=block(4), tokens=128), "lora": None, "distill": None}
+    run_cell("uptrain", spec, {"data": data, "from": base}, folder)
+    return folder
+
+
+def bench(model, folder, context=(), **changes):
+    return run_cell("benchmark", {**SPEC, **changes}, {"of": model}, folder, **dict(context))
+
+
+def test_a_row_holds_what_was_measured(base, tmp_path):
+    result = bench(base, tmp_path)
+    assert [row["batch"] for row in result["rows"]] == [1, 3]
+    for row in result["rows"]:
+        assert row["kv_tokens"] == row["batch"] * 16
+        for name in ("prefill_seconds", "time_to_first_token", "decode_tokens_per_second"):
+            timing = row[name]
+            assert len(timing["samples"]) == 5
+            assert 0 < timing["low"] <= timing["median"] <= timing["high"]
+        assert row["time_to_first_token"]["median"] >= row["prefill_seconds"]["median"]
+        # Prefill is part of the whole, so the whole is slower than decoding alone.
+        assert row["tokens_per_second"]["median"] > 0
+        assert row["peak_memory_bytes"] >= sum(p.numel() for p in load(base).parameters()) * 4
+    assert result["gates"]["repeats_enough"]
+    assert result["gates"]["tokens_as_asked"]
+    assert result["environment"]["dtype"] == "float32"
+    assert result["environment"]["threads"] == 1
+    assert json.dumps(result)
+
+
+@pytest.mark.parametrize("arm", ["base", "blocks"])
+@pytest.mark.parametrize("apply", [{}, {"eviction": {"sliding_window": {"window": 8}}}])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_cache_holds_what_the_formula_says(arm, apply, dtype, tmp_path, request):
+    folder = request.getfixturevalue(arm)
+    sizes = {"prompt": 200, "generate": 56, "batch": [2], "repeats": 1, "warmup": 0}
+    result = bench(folder, tmp_path, apply=apply, dtype=dtype, **sizes)
+    (row,) = result["rows"]
+    assert row["kv_bytes_per_token"] == row["kv_bytes"] / row["kv_tokens"]
+    # A table of 8-byte positions stands beside the rows; these rows are tiny.
+    config = load(folder).config
+    values = 2 * config.layers * config.kv_heads * config.head_dim
+    table = 8 * config.layers / (values * (4 if dtype == "float32" else 2))
+    assert row["kv_bytes_per_token"] == pytest.approx(
+        row["kv_bytes_per_token_predicted"], rel=max(0.02, 1.5 * table)
+    )
+    assert row["kv_bytes_per_token"] >= row["kv_bytes_per_token_predicted"]
+    assert not result["gates"]["repeats_enough"]
+
+
+def test_the_largest_batch_within_a_budget_is_seen_to_fit(base, tmp_path):
+    one = bench(base, tmp_path, batch=[1], repeats=1)["rows"][0]["kv_bytes"]
+    result = bench(base, tmp_path, batch=[1], repeats=1, kv_budget=5 * one + one // 2)
+    assert result["largest_batch"] == 5
+    assert result["rows"][-1]["batch"] == 5
+    assert result["rows"][-1]["kv_bytes"] <= 5 * one + one // 2
+    none = bench(base, tmp_path, batch=[1], repeats=1, kv_budget=one // 2)
+    assert none["largest_batch"] == 0
+    assert len(none["rows"]) == 1
+
+
+def test_one_token_has_no_decode_rate(base, tmp_path):
+    (row,) = bench(base, tmp_path, generate=1, batch=[2], repeats=1)["rows"]
+    assert row["decode_tokens_per_second"] is None
+    assert row["tokens_per_second"]["median"] > 0
+
+
+def test_what_is_timed_is_greedy_generation(base):
+    model = load(base)
+    prompts = torch.randint(1, 257, (2, 9), generator=torch.Generator().manual_seed(0))
+    ids = prompts
+    for _ in range(7):
+        session = model.start(ids, new_tokens=1)
+        ids = torch.cat((ids, session.logits.argmax(-1, keepdim=True)), dim=1)
+    found = generate(model, prompts, 7, None)
+    assert found.ids.equal(ids[:, 9:])
+    assert 0 < found.prefill <= found.first_token
+    assert found.decode > 0
+
+
+def test_a_benchmark_stops_between_generations(base, tmp_path):
+    with pytest.raises(Stopped):
+        bench(base, tmp_path, {"stop_after": 3})
+
+
+def test_the_interval_covers_the_median_as_often_as_it_says():
+    draw = random.Random(0)
+    for n in (5, 6, 9, 20):
+        hits = 0
+        for _ in range(2000):
+            found = summarise([draw.expovariate(1.0) for _ in range(n)])
+            hits += found["low"] <= math.log(2) <= found["high"]
+        assert hits / 2000 == pytest.approx(found["coverage"], abs=0.02)
+        assert found["coverage"] >= (0.95 if n >= 6 else 0.93)
+    assert summarise([2.0]) == {
+        "median": 2.0, "low": 2.0, "high": 2.0, "coverage": 0.0, "samples": [2.0],
+    }  # fmt: skip
+
+
+def test_the_peak_sees_memory_that_was_given_back():
+    peak = memory.Peak(torch.device("cpu"))
+    block = torch.ones(50_000_000, dtype=torch.uint8)
+    del block
+    assert 45e6 < peak.bytes() < 80e6
+    assert memory.Peak(torch.device("cpu")).bytes() < 20e6
+
+
+def test_work_of_this_process_is_not_the_load_of_others():
+    load_ = Load()
+    total = sum(i * i for i in range(2_000_000))
+    assert total
+    cores = load_.cores()
+    assert cores is not None
+    assert cores >= 0

@@ -1,0 +1,142 @@
+"""Evaluation: the same targets for every arm, equal to a slow direct computation."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from kvlab.methods.axis import from_dict
+from kvlab.methods.build import build
+from kvlab.methods.store import load, save
+from kvlab.platform.data import corpus
+from kvlab.platform.data.corpus import Corpus
+from kvlab.platform.jobs.context import JobError
+from kvlab.platform.jobs.evaluate.windows import cut
+from kvlab.platform.jobs.local import run_cell
+
+SPEC = {
+    "metrics": ["perplexity", "loss_by_position"], "apply": {}, "sequence_length": 32,
+    "tokens": 500, "batch_size": 4, "first_target": 4, "seed": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def blocks(data, train_spec, base, block, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("blocks")
+    spec = {**train_spec(method=block(4)), "lora": None, "distill": None}
+    run_cell("uptrain", spec, {"data": data, "from": base}, folder)
+    return folder
+
+
+def evaluate(data, model, folder, **changes):
+    return run_cell("evaluate", {**SPEC, **changes}, {"data": data, "of": model}, folder)
+
+
+def stream(data):
+    """The held-out text as one list of (id, bytes): documents, an end of text after each."""
+    held = corpus.load(data, "heldout")
+    found, start = [], 0
+    for end in held.ends.tolist():
+        tokens, widths = held.tokens[start:end].tolist(), held.widths[start:end].tolist()
+        found += [*zip(tokens, widths, strict=True), (held.end_of_text, 0)]
+        start = end
+    return found
+
+
+def directly(data, folder):
+    """Position, loss and bytes of every target, one window and one target at a time."""
+    model = load(folder)
+    text = stream(data)[:500]
+    for begin in range(0, 500, 32):
+        window = text[begin : begin + 32]
+        ids = torch.tensor([[token for token, _ in window]])
+        with torch.no_grad():
+            logits, scored = model.predictions(ids)
+        for place in range(4, len(window)):
+            assert scored[0, place]
+            shares = logits[0, place].double().softmax(0)
+            yield place, -math.log(shares[ids[0, place]]), window[place][1]
+
+
+@pytest.mark.parametrize("arm", ["base", "blocks"])
+def test_every_figure_equals_a_direct_computation(data, arm, tmp_path, request):
+    folder = request.getfixturevalue(arm)
+    result = evaluate(data, folder, tmp_path)
+    found = list(directly(data, folder))
+    nats, size = sum(loss for _, loss, _ in found), sum(width for _, _, width in found)
+    assert result["targets"]["count"] == len(found) == 500 - 16 * 4
+    assert result["targets"]["bytes"] == size
+    assert result["loss"] == pytest.approx(nats / len(found), abs=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(nats / len(found)), rel=1e-5)
+    assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, abs=1e-5)
+    assert result["perplexity_per_byte"] == pytest.approx(math.exp(nats / size), rel=1e-5)
+    positions = result["loss_by_position"]
+    assert positions[:4] == [None] * 4
+    for place in range(4, 32):
+        own = [loss for at, loss, _ in found if at == place]
+        assert positions[place] == pytest.approx(sum(own) / len(own), abs=1e-5)
+    assert sum(result["window_targets"]) == len(found)
+    means = zip(result["window_losses"], result["window_targets"], strict=True)
+    assert sum(mean * n for mean, n in means) == pytest.approx(nats, rel=1e-6)
+    assert json.dumps(result)
+
+
+def test_arms_are_scored_on_the_same_targets(data, base, blocks, tmp_path):
+    one = evaluate(data, base, tmp_path, batch_size=3)
+    two = evaluate(data, blocks, tmp_path)
+    assert one["targets"] == two["targets"]
+    assert one["window_targets"] == two["window_targets"]
+    assert one["loss"] != two["loss"]
+    later = evaluate(data, base, tmp_path, first_target=5)
+    assert later["targets"]["hash"] != one["targets"]["hash"]
+    shorter = evaluate(data, base, tmp_path, tokens=400)
+    assert shorter["targets"]["hash"] != one["targets"]["hash"]
+
+
+def test_an_arm_that_cannot_predict_a_target_is_refused(data, blocks, tmp_path):
+    with pytest.raises(JobError, match="does not predict position 1"):
+        evaluate(data, blocks, tmp_path, first_target=1)
+
+
+def test_an_evicted_cache_is_scored_as_it_is_used(data, base, tmp_path):
+    window = {"eviction": {"sliding_window": {"window": 6}}}
+    result = evaluate(data, base, tmp_path, apply=window)
+    model = load(base)
+    windowed = build(model.config.with_(windows=(6, 6)), from_dict({}))
+    windowed.load_state_dict(model.state_dict())
+    (tmp_path / "windowed").mkdir()
+    save(windowed, tmp_path / "windowed")
+    expected = evaluate(data, tmp_path / "windowed", tmp_path)
+    assert result["targets"] == expected["targets"]
+    assert result["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+    assert result["loss"] != pytest.approx(evaluate(data, base, tmp_path)["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("arm", ["base", "blocks"])
+def test_a_window_as_long_as_the_text_changes_nothing(data, arm, tmp_path, request):
+    folder = request.getfixturevalue(arm)
+    whole = {"eviction": {"sliding_window": {"window": 64}}}
+    stepwise = evaluate(data, folder, tmp_path, apply=whole)
+    assert stepwise["loss"] == pytest.approx(evaluate(data, folder, tmp_path)["loss"], abs=1e-5)
+
+
+def test_prompts_and_padding_are_no_targets():
+    tokens = torch.tensor([5, 6, 7, 8, 9], dtype=torch.int32)
+    counts = torch.tensor([False, False, True, True, False])
+    held = Corpus(
+        tokens, torch.tensor([3, 5]), counts, torch.ones(5, dtype=torch.int32), 1, vocab_size=10
+    )
+    windows = cut(held, 4, 100, 1)
+    assert windows.ids.tolist() == [[5, 6, 7, 1], [8, 9, 1, 0]]
+    assert windows.valid.tolist() == [[True] * 4, [True, True, True, False]]
+    assert windows.targets.tolist() == [
+        [False, False, True, True], [False, False, True, False],
+    ]  # fmt: skip
+    assert windows.widths.tolist() == [[1, 1, 1, 0], [1, 1, 0, 0]]
+    assert cut(held, 4, 6, 1).valid.sum() == 6
+
+
+def test_nothing_to_score_is_one_line(data, base, tmp_path):
+    with pytest.raises(JobError, match="nothing to score"):
+        evaluate(data, base, tmp_path, tokens=3)

@@ -1,0 +1,136 @@
+"""Uptraining: conversion, distillation, LoRA merged into a plain model."""
+
+import pytest
+import torch
+
+from kvlab.methods.axis import from_dict
+from kvlab.methods.build import convert
+from kvlab.methods.store import load
+from kvlab.platform.jobs.context import JobError, Stopped
+from kvlab.platform.jobs.local import run_cell
+from kvlab.platform.jobs.training.objective import Objective, divergence
+from kvlab.platform.jobs.uptrain import lora
+
+
+@pytest.fixture
+def uptrain(data, train_spec, base, tmp_path):
+    def run(name="out", inputs=(), context=(), **changes):
+        spec = {**train_spec(learning_rate=1e-3), "lora": None, "distill": None, **changes}
+        given = {"data": data, "from": base, **dict(inputs)}
+        return run_cell("uptrain", spec, given, tmp_path / name, **dict(context))
+
+    return run
+
+
+def test_a_converted_model_learns(uptrain, block, tmp_path):
+    result = uptrain(method=block(4), tokens=6144)
+    short = uptrain("short", method=block(4), tokens=128)
+    assert result["loss"] < short["loss"]
+    model = load(tmp_path / "out")
+    assert model.method["granularity"].params.block_length == 4
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_distillation_pulls_towards_the_teacher(uptrain, base, block, tmp_path, train_spec, data):
+    changes = {"method": block(2), "tokens": 6144}
+    uptrain("plain", **changes)
+    uptrain("taught", **changes, distill={"weight": 1.0, "temperature": 1.0})
+    run_cell("train", train_spec(seed=5), {"data": data}, tmp_path / "other")
+    other = {"teacher": tmp_path / "other"}
+    uptrain("elsewhere", inputs=other, **changes, distill={"weight": 1.0, "temperature": 1.0})
+    ids = torch.randint(1, 257, (4, 32), generator=torch.Generator().manual_seed(0))
+    away = {}
+    with torch.no_grad():
+        wanted, _ = load(base).predictions(ids)
+        for name in ("plain", "taught", "elsewhere"):
+            logits, scored = load(tmp_path / name).predictions(ids)
+            away[name] = float(divergence(logits[scored], wanted[scored], 1.0))
+    assert away["taught"] < away["plain"]
+    assert away["taught"] < away["elsewhere"]
+
+
+def test_the_distilled_loss_is_what_it_says(base, block):
+    teacher = load(base)
+    student = convert(teacher, from_dict(block(2)))
+    ids = torch.randint(1, 257, (3, 16), generator=torch.Generator().manual_seed(0))
+    counts = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) > 0.3
+    with torch.no_grad():
+        found = Objective(student, teacher, weight=0.25, temperature=2.0)(ids, None, counts)
+        same = Objective(teacher, teacher, weight=1.0)(ids, None, counts)
+        logits, scored = student.predictions(ids)
+        taught, _ = teacher.predictions(ids)
+    nll = kl = 0.0
+    for row, place in (scored & counts).nonzero().tolist():
+        shares = logits[row, place].double().log_softmax(0)
+        nll -= float(shares[ids[row, place]])
+        own = (logits[row, place].double() / 2).log_softmax(0)
+        wanted = (taught[row, place].double() / 2).log_softmax(0)
+        kl += 4 * float((wanted.exp() * (wanted - own)).sum())
+    assert int(found.targets) == int((scored & counts).sum())
+    assert float(found.nll) == pytest.approx(nll, rel=1e-5)
+    assert float(found.objective) == pytest.approx(0.75 * nll + 0.25 * kl, rel=1e-5)
+    assert float(same.objective) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_masked_tokens_have_no_gradient(base):
+    model = load(base)
+    ids = torch.randint(1, 257, (2, 12), generator=torch.Generator().manual_seed(0))
+    counts = torch.zeros(ids.shape, dtype=torch.bool)
+    counts[0, 5] = True
+    found = Objective(model)(ids, None, counts)
+    assert int(found.targets) == 1
+    assert float(found.nll) == pytest.approx(float(model(ids).nll[0, 5].detach()), rel=1e-6)
+    found.objective.backward()
+    masked = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    Objective(model)(ids[:1, :6], None, counts[:1, :6]).objective.backward()
+    for one, parameter in zip(masked, model.parameters(), strict=True):
+        assert torch.allclose(one, parameter.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [None, 2])
+def test_lora_ends_in_a_plain_model(uptrain, base, block, tmp_path, length):
+    method = {} if length is None else block(length)
+    uptrain("lora", method=method, lora={"rank": 2, "alpha": 4.0, "targets": None})
+    before, after = convert(load(base), from_dict(method)), load(tmp_path / "lora")
+    old, new = before.state_dict(), after.state_dict()
+    assert old.keys() == new.keys()
+    for name, weight in new.items():
+        moved = weight - old[name]
+        if lora.in_layer(name) and weight.dim() == 2:
+            assert int(torch.linalg.matrix_rank(moved, atol=1e-5)) == 2
+        elif lora.in_layer(name) or 257 in weight.shape:
+            assert not moved.any()
+        else:
+            assert moved.any()
+
+
+def test_merging_changes_no_prediction(base):
+    model = load(base)
+    wrapper = lora.attach(model, {"rank": 2, "alpha": 4.0, "targets": None})
+    draw = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=draw) * 0.1
+    ids = torch.randint(1, 257, (2, 16), generator=draw)
+    with torch.no_grad():
+        expected = model(ids).nll
+        merged = lora.merge(wrapper)
+        assert torch.allclose(merged(ids).nll, expected, atol=1e-5)
+    assert not torch.allclose(load(base)(ids).nll, expected, atol=1e-3)
+
+
+def test_a_killed_lora_run_ends_in_the_same_bits(uptrain, block, tmp_path):
+    changes = {"method": block(2), "lora": {"rank": 2, "alpha": 4.0, "targets": None}}
+    uptrain("whole", **changes)
+    kept = {"checkpoints": tmp_path / "kept"}
+    with pytest.raises(Stopped):
+        uptrain("parts", context={**kept, "stop_after": 5}, **changes)
+    uptrain("parts", context=kept, **changes)
+    whole, parts = (load(tmp_path / name).state_dict() for name in ("whole", "parts"))
+    assert all(whole[name].equal(parts[name]) for name in whole)
+
+
+def test_unknown_lora_targets_are_named(uptrain):
+    with pytest.raises(JobError, match=r"no layer has 'nowhere'; it has "):
+        uptrain(method={}, lora={"rank": 2, "alpha": 4.0, "targets": ["nowhere"]})
