@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from kvlab.platform.cli.main import COMMANDS
+from kvlab.platform.spec.read import check
 
 
 def shown_commands(page: str) -> list[list[str]]:
@@ -28,3 +29,15 @@ def test_shown_commands_exist(repository: Path) -> None:
         if words[1:] and words[1] not in ({"--help", *COMMANDS} if words[0] == "kvlab" else targets)
     ]
     assert not unknown
+
+
+def test_shown_workflows_are_valid(repository: Path) -> None:
+    pages = [repository / "README.md", *(repository / "docs").rglob("*.md")]
+    shown = [
+        text
+        for page in pages
+        for text in re.findall(r"^```yaml\n(version: 1\n.*?)^```", page.read_text(), re.M | re.S)
+    ]
+    assert shown
+    for text in shown:
+        check(text)
