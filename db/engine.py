@@ -30,6 +30,7 @@ CURES = {
     "not a database": "name another file, or move this one away",
     "malformed": "the file is damaged; restore a copy, or move it away",
     "locked": "another process holds it; `kvlab status` shows live controllers",
+    "lock timeout": "another process holds it; `kvlab status` shows live controllers",
     "full": "free some space, then `kvlab resume`",
     "permission denied": "grant the user CREATE on the database, or USAGE on schema kvlab",
 }
