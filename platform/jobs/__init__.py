@@ -27,7 +27,7 @@ OURS = {
 }
 
 IMPLICIT = "data"
-"""The kind whose one cell every workflow with data has: it is written under `data:`, not as a job."""
+"""The kind of the one cell that every workflow with `data:` has; it is not written as a job."""
 
 
 class Kinds(Mapping[str, "Kind"]):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from kvlab.methods.axis import Method, from_dict
+from kvlab.methods.axis import from_dict
 from kvlab.methods.cost import Cost, cost_of
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.platform.jobs.kind import Prediction
@@ -17,54 +17,60 @@ ITEMSIZE = 4
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
+Canonical = Mapping[str, Any]
+"""`Method.to_dict()`."""
+
+
 @lru_cache(maxsize=4096)
-def _cost(config: str, method: str) -> Cost:
-    return cost_of(DecoderConfig.from_dict(json.loads(config)), from_dict(json.loads(method)))
+def _cost(config: DecoderConfig, method: str) -> Cost:
+    return cost_of(config, from_dict(json.loads(method)))
 
 
-def _of(config: DecoderConfig, *methods: Method) -> Cost:
+def _of(config: DecoderConfig, *methods: Canonical) -> Cost:
     choices: dict[str, Any] = {}
     for method in methods:
-        choices |= method.to_dict()
-    return _cost(json.dumps(config.to_dict()), json.dumps(choices))
+        choices |= method
+    return _cost(config, json.dumps(choices))
 
 
-def first_target(config: DecoderConfig, method: Method) -> int:
+def first_target(config: DecoderConfig, method: Canonical) -> int:
     """Return the first position of a window that a model predicts."""
     return _of(config, method).first_target()
 
 
-def training(config: DecoderConfig, method: Method, spec: Mapping[str, Any]) -> Prediction:
+def training(config: DecoderConfig, spec: Mapping[str, Any]) -> Prediction:
     """Predict a train or uptrain job."""
-    cost, length = _of(config, method), spec["sequence_length"]
-    return Prediction(
-        parameters=cost.total_parameters(),
-        body_parameters=cost.body_parameters(),
-        flops=cost.train_flops_per_token(length) * spec["tokens"],
-        kv_bytes_per_token=cost.kv_bytes_per_token(length, ITEMSIZE),
-    )
+    length, tokens = spec["sequence_length"], spec["tokens"]
+    return _trained(_of(config, spec["method"]), length, tokens)
 
 
-def scoring(config: DecoderConfig, method: Method, spec: Mapping[str, Any]) -> Prediction:
+def scoring(config: DecoderConfig, method: Canonical, spec: Mapping[str, Any]) -> Prediction:
     """Predict an evaluate job: one forward pass, a third of a training step."""
-    cost, length = _of(config, method, from_dict(spec["apply"])), spec["sequence_length"]
+    length, tokens = spec["sequence_length"], spec["tokens"]
+    return _trained(_of(config, method, spec["apply"]), length, tokens / 3)
+
+
+@lru_cache(maxsize=4096)
+def _trained(cost: Cost, length: int, tokens: float) -> Prediction:
     return Prediction(
         parameters=cost.total_parameters(),
         body_parameters=cost.body_parameters(),
-        flops=cost.train_flops_per_token(length) / 3 * spec["tokens"],
+        flops=cost.train_flops_per_token(length) * tokens,
         kv_bytes_per_token=cost.kv_bytes_per_token(length, ITEMSIZE),
     )
 
 
-def generating(
-    config: DecoderConfig, method: Method, apply: Method, spec: Mapping[str, Any]
-) -> Prediction:
+def generating(config: DecoderConfig, method: Canonical, spec: Mapping[str, Any]) -> Prediction:
     """Predict a benchmark job over all its batch sizes and repeats."""
-    cost = _of(config, method, apply)
-    prompt, generate = spec["prompt"], spec["generate"]
     runs = sum(spec["batch"]) * (spec["repeats"] + spec["warmup"])
-    once = cost.prefill_flops(prompt) + generate * cost.decode_flops(prompt + generate // 2)
     itemsize = ITEMSIZES.get(spec["dtype"], ITEMSIZE)
+    cost = _of(config, method, spec["apply"])
+    return _generated(cost, spec["prompt"], spec["generate"], runs, itemsize)
+
+
+@lru_cache(maxsize=4096)
+def _generated(cost: Cost, prompt: int, generate: int, runs: int, itemsize: int) -> Prediction:
+    once = cost.prefill_flops(prompt) + generate * cost.decode_flops(prompt + generate // 2)
     return Prediction(
         parameters=cost.total_parameters(),
         body_parameters=cost.body_parameters(),

@@ -1,4 +1,4 @@
-"""The contract of a job kind. A kind is a folder here: settings.py (light) and run.py (the work)."""
+"""The contract of a job kind: a folder with settings.py (light) and run.py (the work)."""
 
 from __future__ import annotations
 
@@ -53,7 +53,10 @@ class Surroundings:
     parents: Mapping[str, Parent]
     siblings: Mapping[str, tuple[Parent, ...]] = field(default_factory=dict)
     """role -> a parent of every distinct model that the whole YAML job refers to in that role."""
-    resources: Resources = Resources()
+    resources: Resources = field(default_factory=Resources)
+
+
+References = Mapping[str, Literal["one", "many"]]
 
 
 class Kind(ABC):
@@ -72,7 +75,7 @@ class Kind(ABC):
 
     name: ClassVar[str]
     settings: ClassVar[type[Settings]]
-    references: ClassVar[Mapping[str, Literal["one", "many"]]] = {}
+    references: ClassVar[References] = {}
     reference_paths: ClassVar[Mapping[str, str]] = {}
     needs_data: ClassVar[bool] = False
     measured: ClassVar[bool] = False
@@ -83,7 +86,11 @@ class Kind(ABC):
 
     @abstractmethod
     def resolve(self, settings: Settings, around: Surroundings) -> dict[str, Any]:
-        """Return the cell's spec: JSON, every default filled in, all that `run` needs. Raises KvlabError."""
+        """Return the cell's spec: JSON, all that `run` needs, defaults filled in.
+
+        Raises:
+            KvlabError: what is written cannot be done.
+        """
 
     def check(self, settings: Settings, around: Surroundings) -> Iterable[tuple[str, str]]:
         """Yield (path inside the settings, problem) for what types cannot say."""

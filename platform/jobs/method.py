@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, fields
 from functools import cache
 from types import UnionType
@@ -51,8 +51,8 @@ def _checked(hint: Any) -> Any:
     if origin in (Union, UnionType):
         return Union[tuple(_checked(part) for part in get_args(hint))]  # noqa: UP007
     if origin is tuple:
-        inner = tuple(part if part is ... else _checked(part) for part in get_args(hint))
-        return Annotated[tuple[inner], Field(strict=False)]
+        parts = tuple(part if part is ... else _checked(part) for part in get_args(hint))
+        return Annotated[tuple.__class_getitem__(parts), Field(strict=False)]
     return hint
 
 
@@ -67,7 +67,7 @@ def build(params: type, written: Mapping[str, Any]) -> Any:
 
 
 class MethodField:
-    """The annotation of a settings field that holds a Method: `Annotated[Method, MethodField("run")]`.
+    """The annotation of a settings field that holds a Method.
 
     "train" takes train-time axes only, "run" (`apply:`) run-time axes only.
     """
@@ -178,7 +178,7 @@ def _names(when: When) -> tuple[str, ...]:
 
 
 def _belongs(value: Value, when: When) -> bool:
-    """Train-time axes stand under `method:`, the others under `apply:`; a default says nothing new."""
+    """Train-time axes stand under `method:`, others under `apply:`; a default may stand anywhere."""
     return value.default or (value.axis in TRAIN_TIME) == (when == "train")
 
 
@@ -214,6 +214,39 @@ def compatible(method: Method, config: Any) -> Iterator[tuple[str, str]]:
         if choice is not None and choice.value.check is not None:
             for message in choice.value.check(choice.params, config):
                 yield choice.value.name, message
+
+
+class _Memo:
+    """Remembers a function of a Method by the object: settings of one variant share theirs."""
+
+    def __init__(self, function: Callable[[Method], Any]) -> None:
+        self._function = function
+        self._known: dict[int, tuple[Method, Any]] = {}
+
+    def __call__(self, method: Method) -> Any:
+        found = self._known.get(id(method))
+        if found is None or found[0] is not method:
+            if len(self._known) > MOST_REMEMBERED:
+                self._known.clear()
+            found = self._known[id(method)] = (method, self._function(method))
+        return found[1]
+
+
+MOST_REMEMBERED = 4096
+_canonical = _Memo(lambda method: method.to_dict())
+_converted = _Memo(lambda method: method.uptrained())
+
+
+def canonical(method: Method) -> dict[str, Any]:
+    """Return `method.to_dict()`; shared between calls, so it must not be changed."""
+    found: dict[str, Any] = _canonical(method)
+    return found
+
+
+def uptrained(method: Method) -> Method:
+    """Return `method.uptrained()`: the method as a model converted from another has it."""
+    found: Method = _converted(method)
+    return found
 
 
 def axis_sources(method: Method) -> tuple[str, ...]:

@@ -50,7 +50,7 @@ ModelSettings: type[Settings] = create_model(
 
 
 def resolve_model(settings: Settings, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the `model` part of a spec: {"config": ...} or {"checkpoint": ..., "fingerprint": ...}.
+    """Return a spec's `model`: {"config": ...} or {"checkpoint": ..., "fingerprint": ...}.
 
     Args:
         settings: a ModelSettings.
@@ -124,30 +124,25 @@ def _from_checkpoint(path: Path, data: Mapping[str, Any]) -> dict[str, Any]:
 
 def config_of(model: Mapping[str, Any]) -> DecoderConfig:
     """Return the sizes behind the `model` part of a spec."""
+    known = _KNOWN.get(id(model))
+    if known is None or known[0] is not model:
+        if len(_KNOWN) > MOST_REMEMBERED:
+            _KNOWN.clear()
+        known = _KNOWN[id(model)] = (model, _sizes(model))
+    return known[1]
+
+
+MOST_REMEMBERED = 4096
+_KNOWN: dict[int, tuple[Mapping[str, Any], DecoderConfig]] = {}
+"""Sizes by the mapping they were read from: all cells of a workflow share few of those."""
+
+
+def _sizes(model: Mapping[str, Any]) -> DecoderConfig:
     if "config" in model:
-        return _cached_config(_freeze(model["config"]))
+        return DecoderConfig.from_dict(dict(model["config"]))
     from kvlab.platform.jobs.checkpoint import read_config
 
     return read_config(Path(model["checkpoint"]))
-
-
-def _freeze(config: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    return tuple(
-        (key, tuple(value.items()) if isinstance(value, dict) else _tupled(value))
-        for key, value in config.items()
-    )
-
-
-def _tupled(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-@lru_cache(maxsize=1024)
-def _cached_config(frozen: tuple[tuple[str, Any], ...]) -> DecoderConfig:
-    raw = dict(frozen)
-    if raw.get("rope_scaling") is not None:
-        raw["rope_scaling"] = dict(raw["rope_scaling"])
-    return DecoderConfig.from_dict(raw)
 
 
 def lineage(parent: Parent) -> tuple[DecoderConfig, dict[str, Any]]:

@@ -45,7 +45,7 @@ class Draft:
 
 
 class Expansion:
-    """Expands one workflow; mistakes go to the workflow, and jobs that rest on them are left out."""
+    """Expands one workflow. Mistakes go to the workflow; jobs that rest on them are left out."""
 
     def __init__(
         self, workflow: Workflow, data: Mapping[str, Any], model: Mapping[str, Any]

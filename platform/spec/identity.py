@@ -45,14 +45,16 @@ def identify(
     """
     covered = "fingerprint" in spec
     parts = {
-        key: _part(_content(value, covered)) for key, value in spec.items() if key not in incidental
+        key: _part(_content(value, covered) if isinstance(value, Mapping) else value)
+        for key, value in spec.items()
+        if key not in incidental
     }
     parts |= {f"parent {role}": identity for role, identity in parents.items()}
     parts["code"] = code
     parts["torch"] = _torch_version()
     if machine is not None:
         parts |= {f"machine {key}": _part(value) for key, value in machine.items()}
-    text = json.dumps([kind, sorted(parts.items())], separators=(",", ":"))
+    text = _encode([kind, parts])
     return sha256(text.encode()).hexdigest(), parts
 
 
@@ -84,8 +86,11 @@ def _content(value: Any, covered: bool) -> Any:
     }
 
 
+_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
+
+
 def _part(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    text = repr(value) if type(value) is int else _encode(value)
     return text if len(text) <= SHORT else _digest(text)
 
 

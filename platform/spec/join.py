@@ -127,8 +127,7 @@ def _at(axes: Mapping[str, Any], names: frozenset[str]) -> str:
     return _key([axes[name] for name in sorted(names)]) if names else ""
 
 
-def _key(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
+_key = json.JSONEncoder(sort_keys=True).encode
 
 
 def _explain(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from kvlab.methods.axis import Method, resolve
 from kvlab.platform.graph import Resources
 from kvlab.platform.jobs.field import nested
-from kvlab.platform.jobs.kind import Kind, Parent, Prediction, Settings, Surroundings
-from kvlab.platform.jobs.method import MethodField, axis_sources, compatible
+from kvlab.platform.jobs.kind import Kind, Parent, Prediction, References, Settings, Surroundings
+from kvlab.platform.jobs.method import MethodField, axis_sources, canonical, compatible
 from kvlab.platform.jobs.model import lineage, method_of
 from kvlab.platform.jobs.quantities import Bytes
 from kvlab.platform.jobs.reference import Many
@@ -44,7 +44,7 @@ class Benchmark(Kind):
 
     name = "benchmark"
     settings = BenchmarkSettings
-    references = {"of": "many"}
+    references: ClassVar[References] = {"of": "many"}
     measured = True
     resources = Resources(exclusive=True)
 
@@ -56,7 +56,7 @@ class Benchmark(Kind):
             "batch": list(settings.batch),
             "repeats": settings.repeats,
             "warmup": settings.warmup,
-            "apply": settings.apply.to_dict(),
+            "apply": canonical(settings.apply),
             "kv_budget": settings.kv_budget,
             "dtype": _dtype(settings.dtype, around),
             "seed": around.seed,
@@ -86,8 +86,7 @@ class Benchmark(Kind):
     def predict(self, spec: Mapping[str, Any], parents: Mapping[str, Parent]) -> Prediction:
         from kvlab.platform.jobs.cost import generating
 
-        config, trained = lineage(parents["of"])
-        return generating(config, method_of(trained), method_of(spec["apply"]), spec)
+        return generating(*lineage(parents["of"]), spec)
 
 
 def _dtype(written: str, around: Surroundings) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
+from pydantic_core import CoreSchema
 
 from kvlab.platform.data.files import pattern_of
 from kvlab.platform.jobs.field import nested, wrong
@@ -25,7 +26,7 @@ _DETAILS = {
 
 
 class Source(Settings):
-    """`python`, `{text: FILE}`, `{folder: DIR, pattern: GLOB}` or `{hub: NAME, config, split, column}`."""
+    """`python`, `{text: FILE}`, `{folder: DIR, pattern: GLOB}` or `{hub: NAME, split: SPLIT}`."""
 
     python: Literal[True] | None = None
     text: str | None = None
@@ -36,6 +37,14 @@ class Source(Settings):
     split: str | None = None
     column: str | None = None
     revision: str | None = None
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: Any) -> dict[str, Any]:
+        written: dict[str, Any] = handler.resolve_ref_schema(handler(core))
+        written["properties"].pop("python", None)
+        whole = dict(written)
+        whole["oneOf"] = [{"required": [kind]} for kind in SOURCES if kind != "python"]
+        return {"anyOf": [{"const": "python"}, whole]}
 
     @model_validator(mode="before")
     @classmethod

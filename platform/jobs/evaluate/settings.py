@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from kvlab.methods.axis import Method, resolve
-from kvlab.platform.jobs.kind import Kind, Parent, Prediction, Settings, Surroundings
-from kvlab.platform.jobs.method import MethodField, axis_sources, compatible
+from kvlab.platform.jobs.kind import Kind, Parent, Prediction, References, Settings, Surroundings
+from kvlab.platform.jobs.method import MethodField, axis_sources, canonical, compatible
 from kvlab.platform.jobs.model import lineage, method_of
 from kvlab.platform.jobs.quantities import Count
 from kvlab.platform.jobs.reference import Many
@@ -33,7 +33,7 @@ class Evaluate(Kind):
 
     name = "evaluate"
     settings = EvaluateSettings
-    references = {"of": "many"}
+    references: ClassVar[References] = {"of": "many"}
     needs_data = True
 
     def resolve(self, settings: Settings, around: Surroundings) -> dict[str, Any]:
@@ -43,11 +43,11 @@ class Evaluate(Kind):
         arms = around.siblings.get("of") or (around.parents["of"],)
         return {
             "metrics": list(settings.metrics),
-            "apply": settings.apply.to_dict(),
+            "apply": canonical(settings.apply),
             "sequence_length": settings.sequence_length or around.data["sequence_length"],
             "tokens": settings.tokens,
             "batch_size": settings.batch_size,
-            "first_target": max(first_target(*_arm(arm)) for arm in arms),
+            "first_target": max(first_target(*lineage(arm)) for arm in arms),
             "seed": around.seed,
         }
 
@@ -81,9 +81,4 @@ class Evaluate(Kind):
     def predict(self, spec: Mapping[str, Any], parents: Mapping[str, Parent]) -> Prediction:
         from kvlab.platform.jobs.cost import scoring
 
-        return scoring(*_arm(parents["of"]), spec)
-
-
-def _arm(parent: Parent) -> tuple[Any, Method]:
-    config, trained = lineage(parent)
-    return config, method_of(trained)
+        return scoring(*lineage(parents["of"]), spec)

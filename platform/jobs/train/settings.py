@@ -11,10 +11,9 @@ from kvlab.methods.axis import Method
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.platform.jobs.field import nested
 from kvlab.platform.jobs.kind import Kind, Parent, Prediction, Settings, Surroundings
-from kvlab.platform.jobs.method import MethodField, axis_sources, compatible
+from kvlab.platform.jobs.method import MethodField, axis_sources, canonical, compatible
 from kvlab.platform.jobs.model import ModelError, ModelSettings, config_of, method_of, resolve_model
 from kvlab.platform.jobs.quantities import Count
-
 
 INCIDENTAL = frozenset({"checkpoint_every", "parallel"})
 """How often to save, and how a gang divides its memory, change no weight."""
@@ -91,7 +90,7 @@ class Train(Kind):
     def predict(self, spec: Mapping[str, Any], parents: Mapping[str, Parent]) -> Prediction:
         from kvlab.platform.jobs.cost import training
 
-        return training(config_of(spec["model"]), method_of(spec["method"]), spec)
+        return training(config_of(spec["model"]), spec)
 
 
 def _model(settings: TrainSettings, around: Surroundings) -> Mapping[str, Any]:
@@ -105,7 +104,7 @@ def _model(settings: TrainSettings, around: Surroundings) -> Mapping[str, Any]:
 def optimization_spec(settings: Optimization, around: Surroundings) -> dict[str, Any]:
     """Return the part of a spec that train and uptrain share."""
     spec = {
-        "method": settings.method.to_dict(),
+        "method": canonical(settings.method),
         "sequence_length": settings.sequence_length or around.data["sequence_length"],
         "betas": list(settings.betas),
         "precision": _precision(settings.precision, around),

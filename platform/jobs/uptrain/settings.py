@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from kvlab.platform.jobs.kind import Kind, Parent, Prediction, Settings, Surroundings
+from kvlab.platform.jobs.kind import Kind, Parent, Prediction, References, Settings, Surroundings
 from kvlab.platform.jobs.method import axis_sources, canonical, uptrained
 from kvlab.platform.jobs.model import lineage, method_of
 from kvlab.platform.jobs.reference import One
@@ -49,8 +49,8 @@ class Uptrain(Kind):
 
     name = "uptrain"
     settings = UptrainSettings
-    references = {"from": "one", "teacher": "one"}
-    reference_paths = {"teacher": "distill.from"}
+    references: ClassVar[References] = {"from": "one", "teacher": "one"}
+    reference_paths: ClassVar[Mapping[str, str]] = {"teacher": "distill.from"}
     needs_data = True
     produces_model = True
     gang = True
