@@ -1,0 +1,329 @@
+"""Attempts from start to end: on which slot, what they report, and what their end changes."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from kvlab.db.batches import Batch
+from kvlab.db.states import Cause, JobState
+from kvlab.platform import artifacts
+from kvlab.platform.controller.inbox import Lost, Told, Up
+from kvlab.platform.controller.jobs import Jobs
+from kvlab.platform.controller.ledger import Ledger
+from kvlab.platform.controller.pool import Pool
+from kvlab.platform.controller.running import POLL_SECONDS, POLLS_PER_SECOND, End, Running
+from kvlab.platform.controller.schedule import Move, Schedule
+from kvlab.platform.controller.slots import Slots, SlotState
+from kvlab.platform.home import Home
+from kvlab.platform.record.recorder import Tail
+from kvlab.platform.worker.checkpoints import newest
+from kvlab.platform.worker.message import Assignment
+
+REUSED_AFTER = frozenset({Cause.DONE, Cause.USER_ERROR, Cause.DIVERGED, Cause.STOPPED})
+"""Ends that leave a worker process fit for another job."""
+
+STARTS = 5
+"""Workers that may fail to start, one after another, before the workflow gives up."""
+
+
+class Attempts:
+    """Every method gathers rows and deeds in the ledger; nothing happens before its commit."""
+
+    def __init__(
+        self,
+        home: Home,
+        workflow: int,
+        jobs: Jobs,
+        schedule: Schedule,
+        slots: Slots,
+        pool: Pool,
+        ledger: Ledger,
+    ) -> None:
+        self._home = home
+        self._workflow = workflow
+        self._jobs = jobs
+        self._schedule = schedule
+        self._slots = slots
+        self._pool = pool
+        self._ledger = ledger
+        self._by_slot: dict[int, int] = {}
+        self.running: dict[int, Running] = {}
+        self.failed_starts = 0
+        self.start_error = ""
+
+    def dispatch(self, now: float) -> None:
+        """Give ready jobs to slots; make and kill slots as the shapes ask for."""
+        decision = self._slots.decide(self._schedule)
+        for slot in decision.kill:
+            self._ledger.then(partial(self._pool.kill, slot))
+        for new in decision.create:
+            self._ledger.then(partial(self._pool.create, new))
+        for job, slot in decision.run:
+            self._start(job, slot, now)
+
+    def up(self, message: Up, now: float) -> None:
+        """A slot's workers are there."""
+        self.failed_starts = 0
+        if message.slot in self._slots and self._slots[message.slot].state is SlotState.STARTING:
+            self._slots.idle(message.slot, now)
+
+    def told(self, message: Told, now: float) -> None:
+        """A worker reported: take what is new, and the end if it came."""
+        report = message.report
+        job = self._by_slot.get(message.slot)
+        if job is None or report.key is None:
+            return
+        running = self.running[job]
+        if running.key != report.key:
+            return
+        if report.rank == 0:
+            tail = running.tail
+            tail.take(report.offset, report.data)
+            running.progress = report.progress
+            self._took(running, now)
+            if tail.end is not None:
+                running.rank_ended(0, tail.end, now)
+            elif not report.running or tail.offset < report.size:
+                running.poll_at = now
+            elif report.hungry:
+                running.poll_at = min(running.poll_at, now + POLL_SECONDS / 4)
+        elif not report.running:
+            other = Tail(*running.key)
+            other.take(0, report.data)
+            if other.end is not None:
+                running.rank_ended(report.rank, other.end, now)
+        self._judge(running, now)
+
+    def lost(self, message: Lost, now: float) -> None:
+        """A worker is dead. What its spool still holds counts, an end record included."""
+        slot = message.slot
+        if slot not in self._slots:
+            return
+        job = self._by_slot.get(slot)
+        if job is None:
+            if self._slots[slot].state is SlotState.STARTING:
+                self.failed_starts += 1
+                self.start_error = message.reason
+            self._drop(slot)
+            return
+        running = self.running[job]
+        self._read_file(running, now)
+        cause = Cause.OUT_OF_MEMORY if message.memory else Cause.NODE_LOST
+        end: End = running.tail.end or {"cause": cause, "message": message.reason}
+        if running.workers == 1:
+            self.end(job, end, now, kill=True)
+            return
+        # Which rank it was does not matter: one is gone, so the attempt ends.
+        running.rank_ended(-1, {"cause": cause, "message": message.reason}, now)
+
+    def settle(self, now: float) -> None:
+        """End gangs whose ranks had time to say why, and attempts that ran out of theirs."""
+        for running in list(self.running.values()):
+            if running.failing is not None:
+                self._judge(running, now)
+        for job in self._schedule.overdue(now):
+            seconds = self._schedule.task(job).timeout
+            late = {"cause": Cause.TIMED_OUT, "message": f"ran longer than its {seconds:g} s"}
+            self.end(job, late, now, kill=True)
+
+    def end(
+        self,
+        job: int,
+        end: End,
+        now: float,
+        *,
+        kill: bool = False,
+        worked_until: float | None = None,
+    ) -> None:
+        """Store the end of a job's running attempt, and what follows from it."""
+        running = self.running.pop(job)
+        cause = Cause(end["cause"])
+        attempt = running.tail.attempt
+        message = end.get("message")
+        if cause is Cause.STOPPED and not running.asked:
+            cause, message = Cause.USER_ERROR, "the job stopped though nobody asked it to"
+        workers = running.workers
+        verdict = self._schedule.ended(job, cause, now)
+        done = verdict.state is JobState.DONE
+        lost = 0.0 if done else running.lost(now if worked_until is None else worked_until)
+        result, artifact = end.get("result"), end.get("artifact")
+
+        def write(batch: Batch) -> None:
+            batch.end(job, attempt, cause, verdict.state, result, artifact, message, lost)
+            facts = {"cause": cause, "state": verdict.state, "lost_seconds": round(lost, 3)}
+            batch.event("attempt_ended", job, attempt, facts)
+
+        self._ledger.row(write, "end")
+        self._jobs.note(
+            job, attempt, verdict.state, ended_at=now, cause=cause, message=message, result=result
+        )
+        if done:
+            self._jobs.artifacts[job] = artifact
+        self.moved(verdict.moves)
+        checkpointed = running.tail.checkpoint is not None or attempt > 1
+        self._ledger.then(lambda: self._clean(job, attempt, done and checkpointed))
+        fit = not kill and cause in REUSED_AFTER and (workers == 1 or done)
+        self._leave(running.slot, workers, fit, now)
+
+    def moved(self, moves: list[Move]) -> None:
+        """Store moves that followed from something."""
+        for job, state in moves:
+            self._ledger.row(partial(Batch.move, job_id=job, state=state))
+            self._jobs.note(job, self._schedule.attempt(job), state)
+
+    def poll(self, now: float) -> None:
+        """Acknowledge and ask for news where it is time."""
+        interval = max(POLL_SECONDS, len(self.running) / POLLS_PER_SECOND)
+        for running in self.running.values():
+            if running.poll_at <= now and running.slot is not None:
+                running.poll_at = now + interval
+                self._pool.poll(running.slot, running.key, running.tail.acknowledged)
+
+    def next_poll(self) -> float | None:
+        return min((running.poll_at for running in self.running.values()), default=None)
+
+    def stop(self) -> None:
+        """Ask every running job to checkpoint and stop."""
+        for running in self.running.values():
+            running.asked = True
+            if running.slot is not None:
+                self._pool.stop(running.slot, running.key)
+
+    def abandon(self, now: float) -> None:
+        """End what did not stop in time."""
+        for job in list(self.running):
+            self.end(job, {"cause": Cause.STOPPED, "message": "stopped"}, now, kill=True)
+
+    def adopt(self, job: int, now: float, *, live: bool) -> None:
+        """Take over an attempt that another controller began.
+
+        Its spool is read from the file. If its workers are alive (`live` says it is worth looking),
+        they go on under this controller; otherwise the attempt ends here.
+        """
+        row = self._jobs[job]
+        last = row.attempts[-1]
+        shape = self._schedule.task(job).resources
+        running = Running(Tail(job, row.attempt), None, shape.workers, last.started_at, 0.0, now)
+        self.running[job] = running
+        self._read_file(running, now)
+        nodes = self._pool.find(last.worker, shape.workers) if live else None
+        if nodes is not None:
+            slot = self._slots.add_busy(shape, nodes)
+            self._pool.adopt(slot.id, last.worker, shape.workers)
+            running.slot = slot.id
+            self._by_slot[slot.id] = job
+            self._schedule.watch(job, last.started_at)
+            return
+        running.asked = True
+        spool = self._home.spool(*running.key)
+        cause = Cause.NODE_LOST if live else Cause.STOPPED
+        end = running.tail.end or {"cause": cause, "message": "its controller died, and it did too"}
+        self.end(job, end, now, worked_until=_modified(spool, running.since))
+
+    def _start(self, job: int, slot: int, now: float) -> None:
+        attempt = self._schedule.started(job, now)
+        row = self._jobs[job]
+        workers = row.resources.get("workers", 1)
+        restore = self._jobs.checkpoint(job) if attempt > 1 else None
+        worker = self._pool.name(slot)
+
+        def write(batch: Batch) -> None:
+            number = batch.start(job, worker)
+            if number != attempt:
+                raise RuntimeError(f"job {job}: attempt {number} stored, {attempt} expected")
+            if attempt > 1:
+                batch.rewind(job, attempt, None if restore is None else restore[0])
+
+        self._ledger.row(write, "start")
+        self._jobs.note(job, attempt, JobState.RUNNING, started_at=now, ended_at=None)
+        first = now + POLL_SECONDS
+        self.running[job] = Running(Tail(job, attempt), slot, workers, now, now, first)
+        self._by_slot[slot] = job
+        one = self._slots[slot]
+        inputs = self._jobs.inputs(job)
+        assignments = [
+            Assignment(
+                workflow=self._workflow,
+                job=job,
+                attempt=attempt,
+                cell=row.name,
+                kind=row.kind,
+                spec=row.spec,
+                identity=row.identity,
+                inputs=inputs,
+                restore=restore,
+                threads=one.threads,
+                gpus=one.shape.gpus,
+                rank=rank,
+                workers=workers,
+                rendezvous=self._pool.rendezvous(slot),
+            )
+            for rank in range(workers)
+        ]
+        self._ledger.then(lambda: self._pool.run(slot, assignments))
+
+    def _leave(self, slot: int | None, workers: int, fit: bool, now: float) -> None:
+        """An attempt leaves its slot: for another job, or for good."""
+        if slot is None:
+            return
+        del self._by_slot[slot]
+        if not fit:
+            self._drop(slot)
+        elif workers > 1:
+            # Its ranks need a fresh address before the next job.
+            self._slots.starting(slot)
+            self._ledger.then(lambda: self._pool.greet(slot))
+        else:
+            self._slots.idle(slot, now)
+
+    def _took(self, running: Running, now: float) -> None:
+        tail = running.tail
+        if not tail.news:
+            return
+        if tail.checkpoint is not None and tail.checkpoint != self._jobs.checkpoints.get(tail.job):
+            running.kept = now
+            self._jobs.note_checkpoint(tail.job, tail.checkpoint)
+        self._ledger.record(tail)
+
+    def _judge(self, running: Running, now: float) -> None:
+        end = running.end(now)
+        if end is not None:
+            self.end(running.tail.job, end, now)
+
+    def _read_file(self, running: Running, now: float) -> None:
+        """Read what a dead worker left: its spool, and a checkpoint it could not tell of."""
+        tail = running.tail
+        tail.take_file(self._home.spool(*running.key))
+        folder = self._home.checkpoints(self._jobs[tail.job].identity, tail.job)
+        untold = newest(folder, tail.attempt)
+        if untold is not None and (tail.checkpoint is None or untold > tail.checkpoint):
+            tail.reveal(*untold)
+        self._took(running, now)
+        if tail.checkpoint is not None:
+            running.kept = _modified(Path(tail.checkpoint[1]), running.kept)
+
+    def _drop(self, slot: int) -> None:
+        self._slots.remove(slot)
+        self._ledger.then(lambda: self._pool.kill(slot))
+
+    def _clean(self, job: int, attempt: int, checkpointed: bool) -> None:
+        self._home.spool(job, attempt).unlink(missing_ok=True)
+        if checkpointed:
+            folder = self._home.checkpoints(self._jobs[job].identity, job)
+            artifacts.remove(folder)
+            _remove_empty(folder.parent)
+
+
+def _modified(path: Path, otherwise: float) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return otherwise
+
+
+def _remove_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:
+        return

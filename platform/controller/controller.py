@@ -1,0 +1,252 @@
+"""The controller owns one workflow's graph; it stores every change of state before acting on it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from kvlab import KvlabError
+from kvlab.db.batches import Batch
+from kvlab.db.rows import FinishedJob, Lease, Workflow
+from kvlab.db.states import JobState, WorkflowState
+from kvlab.db.store import Store
+from kvlab.platform.controller.attempts import STARTS, Attempts
+from kvlab.platform.controller.inbox import (
+    Asked,
+    LeaseOver,
+    Lost,
+    Message,
+    Told,
+    Up,
+)
+from kvlab.platform.controller.jobs import Jobs, usable
+from kvlab.platform.controller.lease import Heartbeat, claim
+from kvlab.platform.controller.ledger import Ledger
+from kvlab.platform.controller.pool import Pool
+from kvlab.platform.controller.schedule import Schedule
+from kvlab.platform.controller.snapshot import RunningJob, Snapshot
+from kvlab.platform.home import Home
+from kvlab.platform.record import fault
+from kvlab.platform.record.feed import Feed, MakeMirror
+
+STOP_SECONDS = 30.0
+"""How long jobs have to checkpoint after a request to stop."""
+
+NODES_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How `Controller.run` ended. `mirror`: what MLflow still lacks, as one line, or None."""
+
+    workflow: int
+    state: WorkflowState
+    counts: Mapping[JobState, int]
+    mirror: str | None = None
+
+
+class Controller:
+    """Runs one workflow that is stored, from wherever it stands, until nothing is left to run.
+
+    The same class serves a driver on one machine and the detached actor of a cluster; Ray is up.
+
+    Args:
+        detached: workers outlive this process; those of an earlier controller are looked for.
+        pool: workers to use and leave running; None: its own, ended with it.
+        mirror: makes the handle of the MLflow mirror actor; None: nothing is mirrored.
+
+    Raises (run):
+        Held: a live controller has the workflow. KvlabError: a job asks for more than any node has.
+        LeaseLost: another controller took over; workers are left alone.
+    """
+
+    def __init__(
+        self,
+        home: Home,
+        store: Store,
+        workflow: int,
+        *,
+        detached: bool = False,
+        pool: Pool | None = None,
+        mirror: MakeMirror | None = None,
+    ) -> None:
+        self._home = home
+        self._store = store
+        self._workflow = workflow
+        self._detached = detached
+        self._mirror = mirror
+        self._own_pool = pool is None and not detached
+        self._pool = pool or Pool(home, detached=detached)
+        self._inbox = self._pool.inbox
+        self._slots = self._pool.slots
+        self._schedule = Schedule([])
+        self._jobs = Jobs([])
+        self._stop_by: float | None = None
+        self._cancelled = False
+        self._attempts: Attempts | None = None
+
+    def stop(self) -> None:
+        """Let running jobs checkpoint, then end; asked twice: end now. Any thread, any time."""
+        self._inbox.put(Asked("stop"))
+
+    def cancel(self) -> None:
+        """End every job now; the workflow ends as cancelled."""
+        self._inbox.put(Asked("cancel"))
+
+    def snapshot(self, after: int = 0) -> Snapshot:
+        """How things stand, with the changes from number `after` on. Any thread."""
+        running = [] if self._attempts is None else list(self._attempts.running.values())
+        return Snapshot(
+            self._workflow,
+            dict(self._schedule.counts),
+            tuple(
+                RunningJob(self._jobs[one.tail.job].name, one.tail.attempt, one.since, one.progress)
+                for one in running
+            ),
+            tuple(self._jobs.history[after:]),
+        )
+
+    def run(self) -> Outcome:
+        """Claim the workflow, run it to its end, release it."""
+        lease = claim(self._store, self._workflow)
+        heartbeat = Heartbeat(self._store, lease, self._inbox)
+        try:
+            return self._hold(lease)
+        finally:
+            heartbeat.close()
+            if self._own_pool:
+                self._pool.close()
+
+    def _hold(self, lease: Lease) -> Outcome:
+        stored = self._store.load(self._workflow)
+        self._jobs = Jobs(stored.jobs)
+        self._schedule = Schedule(self._jobs.tasks())
+        self._ledger = Ledger(self._store, lease)
+        self._attempts = attempts = Attempts(
+            self._home,
+            self._workflow,
+            self._jobs,
+            self._schedule,
+            self._slots,
+            self._pool,
+            self._ledger,
+        )
+        self._feed = Feed(self._store, stored, self._jobs, self._mirror)
+        try:
+            self._open(stored, attempts)
+            while not self._schedule.finished:
+                self._tick(attempts, self._inbox.get(self._patience(attempts)))
+            return self._close(lease)
+        finally:
+            self._feed.close()
+
+    def _open(self, stored: Workflow, attempts: Attempts) -> None:
+        """Rebuild from SQL: get jobs under way, take over what ran, reuse what is finished."""
+        now = time.time()
+        rows = self._jobs.rows.values()
+        moves = self._schedule.begin({row.id: (row.state, row.attempt) for row in rows})
+        attempts.moved(moves)
+        open_jobs = [row.id for row in rows if self._schedule.state(row.id) is not JobState.DONE]
+        running = [job for job in open_jobs if self._schedule.state(job) is JobState.RUNNING]
+        for job in running:
+            attempts.adopt(job, now, live=self._detached)
+        finished = self._store.finished({self._jobs[job].identity for job in open_jobs})
+        for job in open_jobs:
+            found = finished.get(self._jobs[job].identity)
+            if found is not None and job not in running and usable(found):
+                self._reuse(job, found, attempts, now)
+        self._feed.begin()
+        self._tick(attempts, [])
+
+    def _reuse(self, job: int, found: FinishedJob, attempts: Attempts, now: float) -> None:
+        def write(batch: Batch) -> None:
+            batch.reuse(job, found)
+
+        self._ledger.row(write, "end")
+        self._jobs.artifacts[job] = found.artifact_uri
+        self._jobs.note(
+            job, 0, JobState.DONE, ended_at=now, result=found.result, reused_from=found.job_id
+        )
+        attempts.moved(self._schedule.reuse(job))
+
+    def _tick(self, attempts: Attempts, messages: list[Message]) -> None:
+        """Hear, decide, store, act."""
+        now = time.time()
+        for message in messages:
+            self._hear(attempts, message, now)
+        self._schedule.wake(now)
+        attempts.settle(now)
+        if self._stop_by is not None and now >= self._stop_by:
+            attempts.abandon(now)
+        if attempts.failed_starts >= STARTS:
+            raise KvlabError(f"workers cannot be started: {attempts.start_error}")
+        attempts.dispatch(now)
+        for slot in self._slots.expire(now):
+            self._ledger.then(partial(self._pool.kill, slot))
+        for mark in self._feed.marks():
+            self._ledger.row(mark)
+        self._ledger.commit(now)
+        self._feed.offer()
+        attempts.poll(now)
+
+    def _hear(self, attempts: Attempts, message: Message, now: float) -> None:
+        match message:
+            case Told():
+                attempts.told(message, now)
+            case Up():
+                attempts.up(message, now)
+            case Lost():
+                attempts.lost(message, now)
+            case Asked(what="cancel"):
+                self._cancel(attempts, now)
+            case Asked():
+                self._stop(attempts, now)
+            case LeaseOver():
+                raise message.error
+
+    def _stop(self, attempts: Attempts, now: float) -> None:
+        if self._stop_by is not None:
+            self._stop_by = now
+            return
+        self._stop_by = now + STOP_SECONDS
+        self._schedule.stop()
+        attempts.stop()
+
+    def _cancel(self, attempts: Attempts, now: float) -> None:
+        self._cancelled = True
+        moves, running = self._schedule.cancel()
+        attempts.moved(moves)
+        for job in running:
+            attempts.end(job, {"cause": "cancelled", "message": "cancelled"}, now, kill=True)
+
+    def _patience(self, attempts: Attempts) -> float:
+        """Seconds until something is due."""
+        timers = [attempts.next_poll(), self._schedule.next_timer(), self._stop_by]
+        due = min((timer for timer in timers if timer is not None), default=float("inf"))
+        return min(1.0, max(0.0, due - time.time()))
+
+    def _close(self, lease: Lease) -> Outcome:
+        """Bring the mirror up to date as far as it answers, and release the workflow."""
+        state = self._end_state()
+        now = time.time()
+        self._feed.finish(state, now)
+        for mark in self._feed.marks():
+            self._ledger.row(mark)
+        self._ledger.commit(now)
+        fault.point("finish.before_commit")
+        self._store.release(lease, state, now)
+        fault.point("finish.after_commit")
+        counts = {one: count for one, count in self._schedule.counts.items() if count}
+        return Outcome(self._workflow, state, counts, self._feed.behind())
+
+    def _end_state(self) -> WorkflowState:
+        counts = self._schedule.counts
+        if self._cancelled:
+            return WorkflowState.CANCELLED
+        if counts[JobState.DONE] == len(self._jobs.rows):
+            return WorkflowState.DONE
+        if counts[JobState.WAITING] or counts[JobState.QUEUED]:
+            return WorkflowState.STOPPED
+        return WorkflowState.FAILED

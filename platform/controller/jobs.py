@@ -1,0 +1,127 @@
+"""The jobs of a workflow as a controller keeps them: rows of SQL, with their parents found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from kvlab.db.rows import FinishedJob, JobRow, NewJob
+from kvlab.db.states import Cause, JobState
+from kvlab.platform.controller.schedule import Task
+from kvlab.platform.controller.snapshot import Change
+from kvlab.platform.graph import Cell, Resources
+
+
+class Jobs:
+    """Rows as they were loaded, by id, and what became of them since.
+
+    Attributes:
+        artifacts: published folder of each done job.
+        checkpoints: (step, folder) of each job's newest visible one.
+        facts: job -> columns that changed since the load. changed: jobs with new facts.
+        history: what a person following the workflow is told, in order.
+    """
+
+    def __init__(self, rows: Iterable[JobRow]) -> None:
+        self.rows = {row.id: row for row in rows}
+        self.facts: dict[int, dict[str, Any]] = {}
+        self.changed: set[int] = set()
+        self.history: list[Change] = []
+        self.checkpoints: dict[int, tuple[int, str]] = {
+            row.id: (row.checkpoint.step, row.checkpoint.uri)
+            for row in self.rows.values()
+            if row.checkpoint is not None
+        }
+        self._ids = {row.name: row.id for row in self.rows.values()}
+        self.artifacts = {
+            row.id: row.artifact_uri for row in self.rows.values() if row.state is JobState.DONE
+        }
+
+    def __getitem__(self, job: int) -> JobRow:
+        return self.rows[job]
+
+    def tasks(self) -> list[Task]:
+        return [
+            Task(
+                row.id,
+                tuple({self._ids[name]: None for name in (*row.parents.values(), *row.needs)}),
+                Resources(**row.resources),
+                {Cause(cause): count for cause, count in row.retries.items()},
+                row.timeout,
+            )
+            for row in self.rows.values()
+        ]
+
+    def inputs(self, job: int) -> dict[str, str]:
+        """role -> published folder of that parent; parents that published nothing are left out."""
+        found = {
+            role: self.artifacts.get(self._ids[name])
+            for role, name in self.rows[job].parents.items()
+        }
+        return {role: folder for role, folder in found.items() if folder is not None}
+
+    def note(self, job: int, attempt: int, state: JobState, **columns: Any) -> None:
+        """The job's row changed: to `state`, and in these columns."""
+        known = self.facts.setdefault(job, {})
+        began = known.get("started_at", self.rows[job].started_at)
+        known.update(columns, state=state)
+        self.changed.add(job)
+        cause = columns.get("cause")
+        if state in (JobState.WAITING, JobState.QUEUED) and cause is None:
+            return
+        ended = columns.get("ended_at")
+        self.history.append(
+            Change(
+                self.rows[job].name,
+                state,
+                attempt,
+                cause,
+                columns.get("message"),
+                None if ended is None or began is None else ended - began,
+                "reused_from" in columns,
+            )
+        )
+
+    def note_checkpoint(self, job: int, checkpoint: tuple[int, str]) -> None:
+        """A checkpoint of the job became visible."""
+        self.checkpoints[job] = checkpoint
+        self.changed.add(job)
+
+    def checkpoint(self, job: int) -> tuple[int, str] | None:
+        """The checkpoint to continue from: the newest that is stored, if it is still there."""
+        found = self.checkpoints.get(job)
+        if found is None or not Path(found[1]).is_dir():
+            return None
+        return found
+
+    def model(self, job: int) -> Mapping[str, object] | None:
+        """The spec of the job whose model this one measures."""
+        parent = self.rows[job].parents.get("of")
+        return None if parent is None else self.rows[self._ids[parent]].spec
+
+
+def usable(finished: FinishedJob | None) -> bool:
+    """Whether a finished job can stand in for another: its files must still be there."""
+    if finished is None:
+        return False
+    return finished.artifact_uri is None or Path(finished.artifact_uri).is_dir()
+
+
+def new_job(cell: Cell) -> NewJob:
+    """The row of a cell."""
+    resources = cell.resources
+    return NewJob(
+        name=cell.name,
+        job=cell.job,
+        kind=cell.kind,
+        spec=cell.spec,
+        axes=cell.axes,
+        parents=cell.parents,
+        needs=cell.needs,
+        identity=cell.identity,
+        parts=cell.parts,
+        resources={name: getattr(resources, name) for name in Resources.__slots__},
+        retries={str(cause): count for cause, count in cell.retries.items()},
+        timeout=cell.timeout,
+    )

@@ -1,0 +1,109 @@
+"""Holding a workflow: taking its lease, and renewing it from a thread."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+from kvlab.db.errors import Held, LeaseLost, StoreError
+from kvlab.db.rows import Lease
+from kvlab.db.store import Store
+from kvlab.platform.controller.inbox import Asked, Inbox, LeaseOver
+
+TTL_SECONDS = 15.0
+BEAT_SECONDS = 1.0
+
+
+def owner() -> str:
+    """Name this process: "host:pid:start", never used again."""
+    return f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid())}"
+
+
+def claim(store: Store, workflow: int) -> Lease:
+    """Take the lease; wait for that of an owner who cannot be asked, 15 s at most.
+
+    Raises:
+        Held: its owner lives.
+    """
+    me = owner()
+    until: float | None = None
+    while True:
+        try:
+            return store.claim(workflow, me, TTL_SECONDS, time.time())
+        except Held as held:
+            alive = _alive(held.owner)
+            if alive or (until is not None and held.until > until):
+                raise
+            if alive is False:
+                # Its process is gone, so nobody renews: the lease counts as ended. Should it not be
+                # gone after all, the token refuses what it writes.
+                return store.claim(workflow, me, TTL_SECONDS, held.until)
+            until = held.until
+            time.sleep(min(1.0, max(0.05, until - time.time())))
+
+
+class Heartbeat:
+    """Renews a lease until closed, and hears what others request of its holder."""
+
+    def __init__(self, store: Store, lease: Lease, inbox: Inbox) -> None:
+        self._store = store
+        self._lease = lease
+        self._inbox = inbox
+        self._closed = threading.Event()
+        self._heard: str | None = None
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        renewed = time.monotonic()
+        while not self._closed.wait(BEAT_SECONDS):
+            try:
+                request = self._store.renew(self._lease, TTL_SECONDS, time.time())
+            except LeaseLost as error:
+                self._inbox.put(LeaseOver(error))
+                return
+            except StoreError as error:
+                if time.monotonic() - renewed > TTL_SECONDS:
+                    self._inbox.put(LeaseOver(error))
+                    return
+                continue
+            renewed = time.monotonic()
+            if request is not None and request != self._heard:
+                self._heard = request
+                self._inbox.put(Asked(request))
+
+
+def _alive(name: str) -> bool | None:
+    """Whether the owner's process lives; None when it is on another host."""
+    host, _, rest = name.rpartition(":")[0].rpartition(":")
+    try:
+        pid = int(rest)
+    except ValueError:
+        return None
+    if host != socket.gethostname():
+        return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return name.rpartition(":")[2] == _started(pid)
+
+
+def _started(pid: int) -> str:
+    """When a process began, in the kernel's ticks, so that a pid used again is told apart."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return "0"
+    fields = text.rpartition(")")[2].split()
+    # A zombie holds its pid but runs nothing.
+    return "gone" if fields[0] == "Z" else fields[19]

@@ -1,0 +1,201 @@
+"""The Ray side of the slots: making, calling and killing worker actors. Never waits for one."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import ray
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
+
+from kvlab.platform.controller.inbox import Inbox, Lost, Told, Up
+from kvlab.platform.controller.slots import Room, Slot, Slots, node_room
+from kvlab.platform.home import Home
+from kvlab.platform.worker.actor import GROUPS, Worker
+from kvlab.platform.worker.message import Assignment, Hello, Key, Report
+
+NAMESPACE = "kvlab"
+ORPHAN_SECONDS = 600.0
+"""How long a worker of a cluster waits for a controller to come back, once its job has ended."""
+
+
+@dataclass(slots=True)
+class _Crew:
+    """The actors of a slot, rank 0 first."""
+
+    name: str
+    actors: list[Any] = field(default_factory=list)
+    group: Any = None
+    rendezvous: str | None = None
+    polling: int = 0
+
+
+class Pool:
+    """Worker actors by slot. Whatever they answer arrives in the inbox. Ray must be up.
+
+    One controller at a time uses a pool; the next finds its idle workers warm.
+
+    Args:
+        detached: workers outlive their controller (a cluster); otherwise they die with it.
+
+    Attributes:
+        slots: the books of which workers there are and what they do.
+    """
+
+    def __init__(self, home: Home, *, detached: bool = False) -> None:
+        self.inbox = self._inbox = Inbox()
+        self.slots = Slots(self.nodes())
+        self._home = home
+        self._detached = detached
+        self._crews: dict[int, _Crew] = {}
+        self._class: Any = ray.remote(concurrency_groups=GROUPS)(Worker)  # type: ignore[call-overload]
+
+    @staticmethod
+    def nodes() -> dict[str, Room]:
+        """What each live node has, by node id."""
+        nodes = ray.nodes()  # type: ignore[no-untyped-call]
+        return {node["NodeID"]: node_room(node["Resources"]) for node in nodes if node["Alive"]}
+
+    def name(self, slot: int) -> str:
+        """The name under which another controller finds the slot's first worker."""
+        return self._crews[slot].name
+
+    def create(self, slot: Slot) -> None:
+        """Start the slot's workers side by side; `Up` follows, or `Lost`."""
+        crew = self._crews[slot.id] = _Crew(f"worker-{uuid.uuid4().hex[:16]}")
+        if len(slot.places) > 1:
+            crew.group = placement_group(
+                [_bundle(room) for _, room in slot.places],
+                strategy="PACK",
+                lifetime="detached" if self._detached else None,
+            )
+        for rank, (node, room) in enumerate(slot.places):
+            options: dict[str, Any] = {
+                "num_cpus": room.cpus,
+                "num_gpus": room.gpus,
+                "memory": slot.shape.memory,
+                "name": _ranked(crew.name, rank),
+                "namespace": NAMESPACE,
+                "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)
+                if crew.group is None
+                else PlacementGroupSchedulingStrategy(crew.group, rank),
+            }
+            if self._detached:
+                options["lifetime"] = "detached"
+            orphan = ORPHAN_SECONDS if self._detached else None
+            crew.actors.append(self._class.options(**options).remote(str(self._home.root), orphan))
+        self.greet(slot.id)
+
+    def find(self, name: str, workers: int) -> tuple[str, ...] | None:
+        """The nodes of the workers that another controller made; None when one of them is gone."""
+        try:
+            actors = [ray.get_actor(_ranked(name, rank), NAMESPACE) for rank in range(workers)]
+            hellos: list[Hello] = ray.get([one.hello.remote() for one in actors], timeout=30.0)
+        except (ValueError, RayError):
+            return None
+        return tuple(hello.node for hello in hellos)
+
+    def adopt(self, slot: int, name: str, workers: int) -> None:
+        """Take over the live workers called `name`."""
+        actors = [ray.get_actor(_ranked(name, rank), NAMESPACE) for rank in range(workers)]
+        self._crews[slot] = _Crew(name, actors)
+
+    def greet(self, slot: int) -> None:
+        """Ask the slot's workers whether they are up; gangs get a fresh rendezvous."""
+        crew = self._crews[slot]
+        hellos: dict[int, Hello] = {}
+
+        def answered(rank: int, hello: Hello) -> None:
+            hellos[rank] = hello
+            if len(hellos) == len(crew.actors):
+                if len(hellos) > 1:
+                    crew.rendezvous = hellos[0].rendezvous
+                self._inbox.put(Up(slot, tuple(hellos[one] for one in sorted(hellos))))
+
+        for rank, actor in enumerate(crew.actors):
+            self._when(slot, actor.hello.remote(), partial(answered, rank))
+
+    def run(self, slot: int, assignments: Sequence[Assignment]) -> None:
+        """Give each rank its assignment; `Told` follows when it has ended."""
+        for actor, assignment in zip(self._crews[slot].actors, assignments, strict=True):
+            self._when(
+                slot,
+                actor.run.remote(assignment),
+                lambda report: self._inbox.put(Told(slot, report, ran=True)),
+            )
+
+    def rendezvous(self, slot: int) -> str | None:
+        return self._crews[slot].rendezvous
+
+    def poll(self, slot: int, key: Key, acknowledged: int) -> None:
+        """Acknowledge and ask for news, unless the last question is still open."""
+        crew = self._crews[slot]
+        if crew.polling:
+            return
+
+        def answered(report: Report) -> None:
+            crew.polling -= 1
+            self._inbox.put(Told(slot, report, ran=False))
+
+        for rank, actor in enumerate(crew.actors):
+            crew.polling += 1
+            self._when(slot, actor.poll.remote(key, acknowledged if rank == 0 else 0), answered)
+
+    def stop(self, slot: int, key: Key) -> None:
+        """Ask the job to checkpoint and stop."""
+        for actor in self._crews[slot].actors:
+            actor.stop.remote(key)
+
+    def kill(self, slot: int) -> None:
+        """End the slot's processes now."""
+        crew = self._crews.pop(slot, None)
+        if crew is None:
+            return
+        for actor in crew.actors:
+            ray.kill(actor)
+        if crew.group is not None:
+            remove_placement_group(crew.group)
+
+    def close(self) -> None:
+        """End every worker."""
+        for slot in list(self._crews):
+            self.kill(slot)
+
+    def _when(self, slot: int, reference: Any, then: Callable[[Any], None]) -> None:
+        def done(future: Future[Any]) -> None:
+            try:
+                answer = future.result()
+            except RayError as error:
+                self._inbox.put(_lost(slot, error))
+            except Exception as error:
+                self._inbox.put(Lost(slot, f"worker fault: {type(error).__name__}: {error}"))
+            else:
+                then(answer)
+
+        reference.future().add_done_callback(done)
+
+
+def _lost(slot: int, error: RayError) -> Lost:
+    text = " ".join(str(error).split())
+    memory = isinstance(error, OutOfMemoryError) or "memory on the node" in text
+    if isinstance(error, RayActorError) and not memory:
+        text = "the worker process died" + (f": {text}" if "killed" not in text else "")
+    return Lost(slot, text[:400], memory)
+
+
+def _ranked(name: str, rank: int) -> str:
+    return f"{name}-rank{rank}" if rank else name
+
+
+def _bundle(room: Room) -> dict[str, float]:
+    wanted = {"CPU": room.cpus, "GPU": room.gpus, "memory": room.memory}
+    return {name: amount for name, amount in wanted.items() if amount}

@@ -1,0 +1,264 @@
+"""Which job may run, which may run again, and what a failure does to the rest.
+
+Pure: no Ray, no SQL, no clock of its own. Every method is told the time and returns the changes of
+state, which its caller stores before acting on them. An event costs O(log jobs) and its own
+consequences, however many jobs are queued.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from kvlab.db.states import TERMINAL, Cause, JobState
+from kvlab.platform.graph import Resources
+
+ONE_CPU = Resources()
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What scheduling knows of a job. `needs`: ids of the jobs that must be done first."""
+
+    id: int
+    needs: tuple[int, ...] = ()
+    resources: Resources = ONE_CPU
+    retries: Mapping[Cause, int] = field(default_factory=dict)
+    timeout: float | None = None
+
+
+class Move(NamedTuple):
+    """A job's change of state where no attempt begins or ends."""
+
+    job: int
+    state: JobState
+
+
+class Verdict(NamedTuple):
+    """What the end of an attempt means: the job's own new state, and moves of others."""
+
+    state: JobState
+    moves: list[Move]
+
+
+@dataclass(slots=True)
+class _Job:
+    task: Task
+    order: int
+    state: JobState = JobState.WAITING
+    missing: int = 0
+    attempt: int = 0
+    failures: Counter[Cause] = field(default_factory=Counter)
+    children: list[int] = field(default_factory=list)
+
+
+def backoff(cause: Cause, failures: int) -> float:
+    """Seconds before the next attempt after the `failures`-th failure of that cause."""
+    first = 5.0 if cause is Cause.INFRASTRUCTURE else 0.5
+    return float(min(first * 2 ** (failures - 1), 60.0))
+
+
+class Schedule:
+    """The states of a workflow's jobs.
+
+    Args:
+        tasks: parents before children, in the order in which ready jobs are to run.
+        delay: see `backoff`.
+    """
+
+    def __init__(
+        self, tasks: Sequence[Task], delay: Callable[[Cause, int], float] = backoff
+    ) -> None:
+        self._jobs = {task.id: _Job(task, order) for order, task in enumerate(tasks)}
+        self._by_order = [task.id for task in tasks]
+        self._delay = delay
+        self._ready: dict[Resources, list[int]] = defaultdict(list)
+        self._delayed: list[tuple[float, int]] = []
+        self._deadlines: list[tuple[float, int, int]] = []
+        self._stopping = False
+        self.counts: Counter[JobState] = Counter()
+        for job in self._jobs.values():
+            for need in job.task.needs:
+                self._jobs[need].children.append(job.task.id)
+
+    def begin(self, stored: Mapping[int, tuple[JobState, int]]) -> list[Move]:
+        """Take over what is stored (job -> state, newest attempt) and get every job under way.
+
+        DONE and RUNNING jobs stay. Failed, skipped and cancelled ones have another chance, with
+        full retry budgets.
+        """
+        moves: list[Move] = []
+        for job in self._jobs.values():
+            before, job.attempt = stored[job.task.id]
+            job.missing = sum(
+                self._jobs[need].state is not JobState.DONE for need in job.task.needs
+            )
+            job.state = before
+            if before not in (JobState.DONE, JobState.RUNNING):
+                job.state = JobState.QUEUED if job.missing == 0 else JobState.WAITING
+                moves += _path(job.task.id, before, job.state)
+            if job.state is JobState.QUEUED:
+                self._push(job)
+            self.counts[job.state] += 1
+        return moves
+
+    def state(self, job: int) -> JobState:
+        return self._jobs[job].state
+
+    def attempt(self, job: int) -> int:
+        """The number of the job's newest attempt, 0 before the first."""
+        return self._jobs[job].attempt
+
+    def task(self, job: int) -> Task:
+        return self._jobs[job].task
+
+    @property
+    def finished(self) -> bool:
+        """Nothing runs, and nothing will."""
+        if self._stopping:
+            return not self.counts[JobState.RUNNING]
+        return sum(self.counts[state] for state in TERMINAL) == len(self._jobs)
+
+    def shapes(self) -> list[Resources]:
+        """The shapes that ready jobs want, that of the first job first."""
+        if self._stopping:
+            return []
+        return sorted((s for s, queue in self._ready.items() if queue), key=self._head)
+
+    def ready(self, shape: Resources) -> int:
+        """How many ready jobs want `shape`."""
+        return len(self._ready[shape])
+
+    def take(self, shape: Resources) -> int:
+        """Remove and return the first ready job that wants `shape`."""
+        return self._by_order[heapq.heappop(self._ready[shape])]
+
+    def started(self, job: int, now: float) -> int:
+        """The job's next attempt begins; return its number."""
+        one = self._jobs[job]
+        self._set(one, JobState.RUNNING)
+        one.attempt += 1
+        self.watch(job, now)
+        return one.attempt
+
+    def watch(self, job: int, since: float) -> None:
+        """Hold the running attempt, begun at `since`, to the job's time-out."""
+        one = self._jobs[job]
+        if one.task.timeout is not None:
+            heapq.heappush(self._deadlines, (since + one.task.timeout, job, one.attempt))
+
+    def ended(self, job: int, cause: Cause, now: float) -> Verdict:
+        """The running attempt of `job` ended."""
+        one = self._jobs[job]
+        if cause is Cause.DONE:
+            self._set(one, JobState.DONE)
+            return Verdict(JobState.DONE, self._release(one))
+        if cause is Cause.CANCELLED:
+            self._set(one, JobState.CANCELLED)
+            return Verdict(JobState.CANCELLED, self._skip(one))
+        if cause is Cause.STOPPED:
+            self._set(one, JobState.QUEUED)
+            self._push(one)
+            return Verdict(JobState.QUEUED, [])
+        one.failures[cause] += 1
+        if one.failures[cause] <= one.task.retries.get(cause, 0):
+            self._set(one, JobState.QUEUED)
+            due = now + self._delay(cause, one.failures[cause])
+            heapq.heappush(self._delayed, (due, job))
+            return Verdict(JobState.QUEUED, [])
+        self._set(one, JobState.FAILED)
+        return Verdict(JobState.FAILED, self._skip(one))
+
+    def reuse(self, job: int) -> list[Move]:
+        """The job, not begun yet, is done with a result from elsewhere."""
+        one = self._jobs[job]
+        if one.state is JobState.QUEUED:
+            queue = self._ready[one.task.resources]
+            queue.remove(one.order)
+            heapq.heapify(queue)
+        self._set(one, JobState.DONE)
+        return self._release(one)
+
+    def wake(self, now: float) -> None:
+        """Let jobs whose back-off is over run again."""
+        while self._delayed and self._delayed[0][0] <= now:
+            one = self._jobs[heapq.heappop(self._delayed)[1]]
+            if one.state is JobState.QUEUED:
+                self._push(one)
+
+    def overdue(self, now: float) -> list[int]:
+        """Return running jobs that passed their time-out; each is told once."""
+        late: list[int] = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, job, attempt = heapq.heappop(self._deadlines)
+            one = self._jobs[job]
+            if one.state is JobState.RUNNING and one.attempt == attempt:
+                late.append(job)
+        return late
+
+    def next_timer(self) -> float | None:
+        """When `wake` or `overdue` will next have something to do."""
+        timers = [queue[0][0] for queue in (self._delayed, self._deadlines) if queue]
+        return min(timers, default=None)
+
+    def stop(self) -> None:
+        """Let nothing begin any more."""
+        self._stopping = True
+
+    def cancel(self) -> tuple[list[Move], list[int]]:
+        """Cancel all that has not begun; return the moves, and the running jobs to be ended."""
+        moves, running = [], []
+        for job, one in self._jobs.items():
+            if one.state is JobState.RUNNING:
+                running.append(job)
+            elif one.state in (JobState.WAITING, JobState.QUEUED):
+                self._set(one, JobState.CANCELLED)
+                moves.append(Move(job, JobState.CANCELLED))
+        self._ready.clear()
+        self._delayed.clear()
+        return moves, running
+
+    def _set(self, job: _Job, state: JobState) -> None:
+        self.counts[job.state] -= 1
+        self.counts[state] += 1
+        job.state = state
+
+    def _push(self, job: _Job) -> None:
+        heapq.heappush(self._ready[job.task.resources], job.order)
+
+    def _head(self, shape: Resources) -> int:
+        return self._ready[shape][0]
+
+    def _release(self, done: _Job) -> list[Move]:
+        moves = []
+        for child in done.children:
+            one = self._jobs[child]
+            one.missing -= 1
+            if one.missing == 0 and one.state is JobState.WAITING:
+                self._set(one, JobState.QUEUED)
+                self._push(one)
+                moves.append(Move(child, JobState.QUEUED))
+        return moves
+
+    def _skip(self, ended: _Job) -> list[Move]:
+        moves: list[Move] = []
+        below = list(ended.children)
+        while below:
+            one = self._jobs[below.pop()]
+            if one.state is JobState.WAITING:
+                self._set(one, JobState.SKIPPED)
+                moves.append(Move(one.task.id, JobState.SKIPPED))
+                below += one.children
+        return moves
+
+
+def _path(job: int, before: JobState, after: JobState) -> Iterable[Move]:
+    """The legal moves from one state to another: skipped and cancelled jobs wait first."""
+    if before in (JobState.SKIPPED, JobState.CANCELLED):
+        yield Move(job, JobState.WAITING)
+        before = JobState.WAITING
+    if before is not after:
+        yield Move(job, after)

@@ -1,0 +1,69 @@
+"""KVLAB_HOME: where everything that kvlab keeps lies."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvlab import KvlabError
+
+_FOLDERS = ("artifacts", "checkpoints", "spool", "work", "logs")
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """The folder, and the URL of the database that belongs to it.
+
+    Layout: kvlab.db, mlflow.db, artifacts/<identity>/, spool/<job id>-<attempt>.jsonl,
+    checkpoints/<identity>/<job id>/<attempt>-<step>/, work/<job id>-<attempt>/,
+    logs/<workflow id>/.
+    """
+
+    root: Path
+    url: str
+
+    @classmethod
+    def find(cls, root: str | Path | None = None, url: str | None = None) -> Home:
+        """Return the home at `root`, else $KVLAB_HOME, else .kvlab here. Creates nothing.
+
+        The database is `url`, else $KVLAB_DATABASE, else kvlab.db in the folder.
+        """
+        folder = Path(root or os.environ.get("KVLAB_HOME") or ".kvlab").expanduser().absolute()
+        return cls(
+            folder, url or os.environ.get("KVLAB_DATABASE") or f"sqlite:///{folder}/kvlab.db"
+        )
+
+    def create(self) -> None:
+        """Make the folders. Raises KvlabError when the place cannot be written."""
+        try:
+            for name in _FOLDERS:
+                (self.root / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise KvlabError(
+                f"KVLAB_HOME {self.root} cannot be written ({error.strerror}): "
+                "set KVLAB_HOME to a folder of yours"
+            ) from error
+
+    def artifact(self, identity: str) -> Path:
+        return self.root / "artifacts" / identity
+
+    def checkpoints(self, identity: str, job_id: int) -> Path:
+        """Checkpoints are a job's own: another workflow's would come without their points."""
+        return self.root / "checkpoints" / identity / str(job_id)
+
+    def spool(self, job_id: int, attempt: int) -> Path:
+        return self.root / "spool" / f"{job_id}-{attempt}.jsonl"
+
+    def work(self, job_id: int, attempt: int) -> Path:
+        return self.root / "work" / f"{job_id}-{attempt}"
+
+    def logs(self, workflow_id: int) -> Path:
+        return self.root / "logs" / str(workflow_id)
+
+    def log(self, workflow_id: int, cell: str, attempt: int, rank: int = 0) -> Path:
+        """The log of one attempt; `cell` may hold anything, the file name does not."""
+        safe = re.sub(r"[^\w.,=\[\]-]", "_", cell)[:150]
+        suffix = f".rank{rank}" if rank else ""
+        return self.logs(workflow_id) / f"{safe}-{attempt}{suffix}.log"

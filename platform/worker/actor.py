@@ -1,0 +1,84 @@
+"""The Ray actor that runs jobs, one at a time."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+import ray
+
+from kvlab.platform.home import Home
+from kvlab.platform.worker.attempt import Attempt
+from kvlab.platform.worker.capture import Capture
+from kvlab.platform.worker.message import Assignment, Hello, Key, Report
+
+GROUPS = {"jobs": 1, "control": 1}
+"""Ray's concurrency groups: a running job never keeps a poll waiting."""
+
+
+class Worker:
+    """Created by `kvlab.platform.controller.pool`; never opens the database.
+
+    Args:
+        root: KVLAB_HOME. orphan_seconds: without a word from a controller for so long, and
+            without a job, the process ends itself; None never.
+    """
+
+    def __init__(self, root: str, orphan_seconds: float | None = None) -> None:
+        self._home = Home(Path(root), "")
+        self._capture = Capture.install()
+        self._attempt: Attempt | None = None
+        self._heard = time.monotonic()
+        if orphan_seconds is not None:
+            threading.Thread(
+                target=self._end_orphan, args=(orphan_seconds,), name="orphan", daemon=True
+            ).start()
+
+    @ray.method(concurrency_group="control")
+    def hello(self) -> Hello:
+        """Say where this process is; for gangs, with a port that is free right now."""
+        self._heard = time.monotonic()
+        host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            port = probe.getsockname()[1]
+        node = ray.get_runtime_context().get_node_id()
+        return Hello(os.getpid(), host, node, f"tcp://{host}:{port}")
+
+    @ray.method(concurrency_group="jobs")
+    def run(self, assignment: Assignment) -> Report:
+        """Run the job to its end; the answer holds the spool's first piece."""
+        if self._attempt is not None:
+            self._attempt.close()
+        self._attempt = attempt = Attempt(assignment, self._home, self._capture)
+        attempt.run()
+        self._heard = time.monotonic()
+        return attempt.report()
+
+    @ray.method(concurrency_group="control")
+    def poll(self, key: Key | None, acknowledged: int) -> Report:
+        """Take the acknowledgement for attempt `key`; answer what its spool holds beyond it."""
+        self._heard = time.monotonic()
+        attempt = self._attempt
+        if attempt is None:
+            return Report(key=None)
+        if attempt.assignment.key == key:
+            attempt.acknowledge(acknowledged)
+        return attempt.report()
+
+    @ray.method(concurrency_group="control")
+    def stop(self, key: Key) -> None:
+        """Ask the job of attempt `key` to checkpoint and stop."""
+        attempt = self._attempt
+        if attempt is not None and attempt.assignment.key == key:
+            attempt.stop()
+
+    def _end_orphan(self, seconds: float) -> None:
+        while True:
+            time.sleep(min(5.0, seconds / 4))
+            busy = self._attempt is not None and self._attempt.running
+            if not busy and time.monotonic() - self._heard > seconds:
+                os._exit(0)

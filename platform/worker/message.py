@@ -1,0 +1,72 @@
+"""What a controller and a worker say to each other: plain values, small."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Key = tuple[int, int]
+"""(job id, attempt): every message carries it, and an older attempt's is refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """One attempt at one job, for one rank of it.
+
+    Attributes:
+        cell: the job's name in its workflow. inputs: role -> published folder of that parent.
+        restore: (step, folder) of the checkpoint to continue from.
+        rendezvous: "tcp://host:port" of rank 0, for gangs.
+    """
+
+    workflow: int
+    job: int
+    attempt: int
+    cell: str
+    kind: str
+    spec: Mapping[str, Any]
+    identity: str
+    inputs: Mapping[str, str]
+    restore: tuple[int, str] | None = None
+    threads: int = 1
+    gpus: int = 0
+    rank: int = 0
+    workers: int = 1
+    rendezvous: str | None = None
+
+    @property
+    def key(self) -> Key:
+        return (self.job, self.attempt)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a worker answers: a piece of the spool of the attempt it has.
+
+    Attributes:
+        key: the attempt, or None when the worker never had one.
+        data: the spool's bytes from `offset`. size: bytes the spool has so far.
+        progress: (done, total, note) for the live view.
+        hungry: a checkpoint waits for its points to be acknowledged.
+        running: the job's code has not returned.
+    """
+
+    key: Key | None
+    rank: int = 0
+    offset: int = 0
+    data: bytes = b""
+    size: int = 0
+    progress: tuple[float, float, str] | None = None
+    hungry: bool = False
+    running: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """What a worker says once it is up. `rendezvous`: a free address on its node."""
+
+    pid: int
+    host: str
+    node: str
+    rendezvous: str
