@@ -1,0 +1,106 @@
+"""From a workflow's stored results to one comparison: a table, JSON, or report.html."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvlab import KvlabError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kvlab.db.store import Store
+    from kvlab.platform.compare.model import Comparison
+    from kvlab.platform.home import Home
+
+
+class CompareError(KvlabError):
+    """Nothing to compare under that name, or nowhere to write the report."""
+
+
+def show(
+    home: Home,
+    workflow_id: int,
+    console: Console | None = None,
+    html: Path | None = None,
+    as_json: bool = False,
+) -> Comparison:
+    """Print a stored workflow's comparison; also write report.html where `html` says so.
+
+    Args:
+        console: where to print; None is standard output.
+        as_json: print JSON instead of the table.
+
+    Raises:
+        CompareError: the report cannot be written. StoreError: no such store or workflow.
+    """
+    from rich.console import Console
+
+    from kvlab.db.store import Store
+    from kvlab.platform.compare.build import compare
+    from kvlab.platform.compare.table import draw
+
+    console = console or Console()
+    with Store.open(home.url, read_only=True) as store:
+        comparison = compare(store.load(workflow_id))
+        if html is not None:
+            _write(html, report(store, comparison))
+    if as_json:
+        # Not through the console's markup or wrapping: a machine reads this.
+        console.file.write(json.dumps(comparison.to_json(), indent=2, allow_nan=False) + "\n")
+    else:
+        draw(comparison, console)
+        if html is not None:
+            console.print(f"\nReport: {html}", markup=False, highlight=False, soft_wrap=True)
+    return comparison
+
+
+def report_html(home: Home, workflow_id: int) -> str:
+    """Return report.html of a stored workflow as text, for the mirror to keep."""
+    from kvlab.db.store import Store
+    from kvlab.platform.compare.build import compare
+
+    with Store.open(home.url, read_only=True) as store:
+        return report(store, compare(store.load(workflow_id)))
+
+
+def find(home: Home, written: str) -> int:
+    """Return the number of the workflow that `written` means: its number, or its name (newest).
+
+    Raises:
+        CompareError: there is no such workflow; says which there are.
+    """
+    from kvlab.db.store import Store
+
+    with Store.open(home.url, read_only=True) as store:
+        rows = store.workflows()
+        if written.isdecimal() and any(row.id == int(written) for row in rows):
+            return int(written)
+        found = store.latest(written)
+    if found is None:
+        known = ", ".join(dict.fromkeys(f"{row.name} ({row.id})" for row in rows[:10]))
+        raise CompareError(
+            f"no workflow '{written}' in {store.place}: "
+            + (f"there are {known}" if known else "it holds none yet: `kvlab run FILE` makes one")
+        )
+    return found
+
+
+def report(store: Store, comparison: Comparison) -> str:
+    """Render report.html, training curves included."""
+    from kvlab.platform.compare.curves import read_curves
+    from kvlab.platform.compare.report import render
+
+    return render(comparison, read_curves(store, comparison))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise CompareError(
+            f"the report cannot be written to {path} ({error.strerror}): name another file"
+        ) from error

@@ -1,0 +1,23 @@
+"""`kvlab compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    workflow: Annotated[str, typer.Argument(help="Name (its newest run) or number.")],
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Also write a report.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare the finished jobs of a workflow: table, JSON or HTML."""
+    from kvlab.platform.compare import find, show
+    from kvlab.platform.home import Home
+
+    home = Home.find()
+    show(home, find(home, workflow), html=html, as_json=as_json)

@@ -1,0 +1,198 @@
+"""Finds the arms of a workflow: each model, at each point of its matrix, in each way it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvlab.db.rows import JobRow
+from kvlab.db.states import TERMINAL, JobState
+from kvlab.platform.compare.labels import (
+    FULL,
+    arm_name,
+    canonical,
+    method_text,
+    varying_parameters,
+)
+from kvlab.platform.compare.metrics import Place
+from kvlab.platform.compare.samples import READERS, Key, Reading, Sample
+
+OF = "of"
+"""The role in which a measuring job names the model it measures."""
+
+PLACES: Mapping[str, Place] = {"evaluate": "quality", "benchmark": "speed"}
+
+
+@dataclass(slots=True)
+class Draft:
+    """An arm while its rows are being read: seed -> model row, and every sample found."""
+
+    id: str
+    job: str
+    axes: dict[str, Any]
+    method: str
+    apply: str
+    models: dict[str, JobRow] = field(default_factory=dict)
+    measurements: list[JobRow] = field(default_factory=list)
+    readings: list[tuple[str, Reading]] = field(default_factory=list)
+    samples: dict[Key, dict[str, Sample]] = field(default_factory=dict)
+    curves: dict[tuple[Any, ...], list[tuple[float | None, ...]]] = field(default_factory=dict)
+    costs: list[tuple[float, float, float, float]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    from_checkpoint: bool = False
+
+    def expected(self, place: Place) -> set[str]:
+        """Seeds that were to give a number of this place."""
+        if place == "training":
+            return set(self.models)
+        return {_seed(row) for row in self.measurements if PLACES.get(row.kind) == place}
+
+    def missing(self, place: Place) -> str:
+        """Why there is no number of this place."""
+        rows = (
+            list(self.models.values())
+            if place == "training"
+            else [row for row in self.measurements if PLACES.get(row.kind) == place]
+        )
+        states = [row.state for row in rows if row.state is not JobState.DONE]
+        for state in (JobState.FAILED, JobState.SKIPPED, JobState.CANCELLED, JobState.RUNNING):
+            if state in states:
+                return state.value
+        return "waiting" if states else "not measured"
+
+
+def gather(jobs: Sequence[JobRow]) -> list[Draft]:
+    """Return the arms in the order in which the workflow names their models."""
+    by_name = {row.name: row for row in jobs}
+    drafts: dict[tuple[str, str, str], Draft] = {}
+    measured = [(row, by_name[row.parents[OF]]) for row in jobs if OF in row.parents]
+    names = _names(jobs, measured)
+
+    for row, model in measured:
+        draft = _draft(drafts, names, model, row.spec.get("apply") or {})
+        draft.models.setdefault(_seed(model), model)
+        draft.measurements.append(row)
+        reader = READERS.get(row.kind)
+        if row.state is JobState.DONE and row.result is not None and reader is not None:
+            _take(draft, row, reader(row.spec, row.result))
+    used = {model.name for _, model in measured}
+    for row in jobs:
+        if _makes_model(row) and row.name not in used and not _is_ancestor(row, jobs):
+            draft = _draft(drafts, names, row, {})
+            draft.models.setdefault(_seed(row), row)
+    order = {row.name: index for index, row in enumerate(jobs)}
+    for draft in drafts.values():
+        _train(draft, by_name)
+        draft.problems.extend(_problems(draft, by_name))
+    return sorted(
+        drafts.values(), key=lambda d: (min(order[row.name] for row in d.models.values()), d.apply)
+    )
+
+
+def _draft(
+    drafts: dict[tuple[str, str, str], Draft],
+    names: tuple[set[str], set[str]],
+    model: JobRow,
+    applied: Mapping[str, Any],
+) -> Draft:
+    trained_names, applied_names = names
+    axes = {key: value for key, value in model.axes.items() if key != "seed"}
+    key = (model.job, canonical(axes), canonical(applied))
+    if key not in drafts:
+        apply = method_text(applied, applied_names)
+        method = method_text(model.spec.get("method") or {}, trained_names) or FULL
+        drafts[key] = Draft(arm_name(model.job, axes, apply), model.job, axes, method, apply)
+    return drafts[key]
+
+
+def _names(
+    jobs: Sequence[JobRow], measured: Sequence[tuple[JobRow, JobRow]]
+) -> tuple[set[str], set[str]]:
+    """Parameters worth naming: those that differ between models, and between uses of them."""
+    trained = [row.spec["method"] for row in jobs if row.spec.get("method")]
+    applied = [row.spec["apply"] for row, _ in measured if row.spec.get("apply")]
+    return varying_parameters(trained), varying_parameters(applied)
+
+
+def _take(draft: Draft, row: JobRow, reading: Reading) -> None:
+    draft.readings.append((row.job, reading))
+    for key, sample in reading.samples.items():
+        # A second job that measures the same thing of the same seed adds no evidence: first wins.
+        draft.samples.setdefault(key, {}).setdefault(_seed(row), sample)
+    if reading.loss_by_position:
+        draft.curves.setdefault(reading.setting, []).append(reading.loss_by_position)
+
+
+def _train(draft: Draft, by_name: Mapping[str, JobRow]) -> None:
+    for seed, model in draft.models.items():
+        ancestors = list(_ancestors(model, by_name))
+        draft.from_checkpoint |= any(
+            "checkpoint" in (row.spec.get("model") or {}) for row in (model, *ancestors)
+        )
+        if model.result is None:
+            continue
+        own = _spent(model)
+        before = [_spent(row) for row in ancestors]
+        inherited = (sum(s for s, _ in before), sum(f for _, f in before))
+        draft.costs.append((*own, *inherited))
+        found = {
+            "body_parameters": model.result.get("body_parameters"),
+            "parameters": model.result.get("parameters"),
+            "train_seconds": own[0] + inherited[0] or None,
+            "train_flops": own[1] + inherited[1] or None,
+        }
+        for metric, value in found.items():
+            if value is not None:
+                samples = draft.samples.setdefault(Key(metric, None, None), {})
+                samples[seed] = Sample(float(value))
+
+
+def _ancestors(row: JobRow, by_name: Mapping[str, JobRow]) -> Iterator[JobRow]:
+    """Every job that this one's artifacts were made from, each once."""
+    seen: set[str] = set()
+    stack = list(row.parents.values())
+    while stack:
+        name = stack.pop()
+        if name not in seen and name in by_name:
+            seen.add(name)
+            yield by_name[name]
+            stack.extend(by_name[name].parents.values())
+
+
+def _spent(row: JobRow) -> tuple[float, float]:
+    result = row.result or {}
+    if "flops" not in result:
+        return 0.0, 0.0
+    return float(result.get("seconds") or 0.0), float(result["flops"] or 0.0)
+
+
+def _problems(draft: Draft, by_name: Mapping[str, JobRow]) -> Iterator[str]:
+    for row in (*draft.models.values(), *draft.measurements):
+        if row.state is JobState.DONE:
+            continue
+        if row.state not in TERMINAL:
+            yield f"{row.name} is {row.state.value}"
+        elif row.state is JobState.SKIPPED:
+            blamed = next(
+                (a.name for a in _ancestors(row, by_name) if a.state is JobState.FAILED), None
+            )
+            yield f"{row.name} was skipped" + (f" because {blamed} failed" if blamed else "")
+        elif row.state is JobState.CANCELLED:
+            yield f"{row.name} was cancelled"
+        else:
+            cause = f" ({row.cause.value})" if row.cause else ""
+            first_line = (row.message or "").strip().split("\n")[0]
+            yield f"{row.name} failed{cause}" + (f": {first_line}" if first_line else "")
+
+
+def _makes_model(row: JobRow) -> bool:
+    return "method" in row.spec and OF not in row.parents
+
+
+def _is_ancestor(row: JobRow, jobs: Sequence[JobRow]) -> bool:
+    return any(row.name in other.parents.values() for other in jobs)
+
+
+def _seed(row: JobRow) -> str:
+    return str(row.axes.get("seed", 0))

@@ -1,0 +1,206 @@
+"""From a stored workflow to its comparison."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from kvlab.db.rows import JobRow, Workflow
+from kvlab.db.states import JobState
+from kvlab.platform.compare.arms import Draft, gather
+from kvlab.platform.compare.columns import Layout, lay_out
+from kvlab.platform.compare.differences import change, log_ratio, verdict
+from kvlab.platform.compare.metrics import METRICS, Metric
+from kvlab.platform.compare.model import Arm, Column, Comparison, Cost, Front, Number
+from kvlab.platform.compare.pareto import Pair, front
+from kvlab.platform.compare.statistics import summarise
+
+
+def compare(workflow: Workflow) -> Comparison:
+    """Build the comparison of a workflow as it stands, finished or not.
+
+    Every model and every use of it that the workflow names becomes an arm, whatever became of its
+    jobs; a workflow without models has no arms.
+    """
+    drafts = gather(workflow.jobs)
+    layout = lay_out(drafts)
+    baseline, notes = _baseline(drafts, workflow.report.get("baseline"))
+    against = {draft.id: _against(draft, drafts, baseline) for draft in drafts}
+    by_id = {draft.id: draft for draft in drafts}
+    arms = tuple(
+        _arm(draft, by_id.get(against[draft.id] or ""), draft in baseline, layout)
+        for draft in drafts
+    )
+    return Comparison(
+        workflow_id=workflow.row.id,
+        name=workflow.row.name,
+        state=workflow.row.state.value,
+        created_at=workflow.row.created_at,
+        text=workflow.text,
+        baseline=workflow.report.get("baseline"),
+        arms=arms,
+        settings=layout.settings,
+        columns=layout.columns,
+        front=_front(workflow.report.get("pareto") or (), arms, by_id, layout),
+        notes=(*notes, *layout.notes, *_notes(arms)),
+        environments=_environments(workflow.jobs),
+        jobs=_states(workflow.jobs),
+    )
+
+
+def _arm(draft: Draft, other: Draft | None, is_baseline: bool, layout: Layout) -> Arm:
+    numbers = {column.id: _number(column, draft, other, layout) for column in layout.columns}
+    return Arm(
+        id=draft.id,
+        job=draft.job,
+        axes=draft.axes,
+        method=draft.method,
+        apply=draft.apply,
+        baseline=is_baseline,
+        against=other.id if other else None,
+        states=_states([*draft.models.values(), *draft.measurements]),
+        problems=tuple(draft.problems),
+        numbers=numbers,
+        cost=_cost(draft),
+        loss_by_position={
+            setting.id: curve
+            for setting in layout.settings
+            if (curve := _mean_curve(draft.curves.get(layout.keys[setting.id], [])))
+        },
+        models=tuple(row.reused_from or row.id for row in draft.models.values()),
+    )
+
+
+def _number(column: Column, draft: Draft, other: Draft | None, layout: Layout) -> Number:
+    samples = draft.samples.get(layout.key(column), {})
+    place = METRICS[column.metric].place
+    expected = len(draft.expected(place))
+    if not samples:
+        return Number(None, expected=expected, missing=draft.missing(place))
+    standing = {seed: sample for seed, sample in samples.items() if sample.void is None}
+    reasons = sorted({sample.void for sample in samples.values() if sample.void})
+    shown = standing or samples
+    summary = summarise([sample.value for sample in shown.values()])
+    low, high = summary.low, summary.high
+    if summary.n == 1:
+        only = next(iter(shown.values()))
+        low, high = only.low, only.high
+    theirs = other.samples.get(layout.key(column), {}) if other else {}
+    return Number(
+        value=summary.mean,
+        seeds={seed: sample.value for seed, sample in shown.items()},
+        expected=expected,
+        sd=summary.sd,
+        low=low,
+        high=high,
+        void="; ".join(reasons) if not standing else None,
+        change=change(METRICS[column.metric], samples, theirs) if theirs else None,
+    )
+
+
+def _baseline(drafts: list[Draft], job: str | None) -> tuple[list[Draft], list[str]]:
+    """The arms of the baseline job, with nothing applied to them where they were measured so."""
+    own = [draft for draft in drafts if draft.job == job]
+    bare = [draft for draft in own if not draft.apply]
+    if job is not None and not own:
+        return [], [f"The baseline '{job}' has no measured model, so nothing is compared with it."]
+    return bare or own, []
+
+
+def _against(draft: Draft, drafts: list[Draft], baseline: list[Draft]) -> str | None:
+    """The one baseline arm that has the same values on every axis both have; None if unclear."""
+    if draft in baseline:
+        return None
+    fitting = [
+        other
+        for other in baseline
+        if all(other.axes[key] == draft.axes[key] for key in other.axes.keys() & draft.axes.keys())
+    ]
+    return fitting[0].id if len(fitting) == 1 else None
+
+
+def _front(
+    metrics: Any, arms: tuple[Arm, ...], drafts: Mapping[str, Draft], layout: Layout
+) -> Front | None:
+    columns = [
+        column
+        for name in metrics
+        if (column := next((c for c in layout.columns if c.metric == name and c.headline), None))
+    ]
+    if not columns or len(columns) < len(metrics):
+        return None
+    excluded: dict[str, str] = {}
+    for arm in arms:
+        for column in columns:
+            number = arm.number(column.id)
+            if not number.stands:
+                reason = number.void or number.missing or "no number"
+                excluded.setdefault(arm.id, f"{METRICS[column.metric].title}: {reason}")
+    able = {arm.id: arm for arm in arms if arm.id not in excluded}
+    by_column = {column.id: column for column in columns}
+
+    def pair(column_id: str, one: str, two: str) -> Pair:
+        column = by_column[column_id]
+        metric = METRICS[column.metric]
+        key = layout.key(column)
+        found = log_ratio(metric, drafts[one].samples[key], drafts[two].samples[key])
+        mine, theirs = able[one].number(column_id).value, able[two].number(column_id).value
+        assert mine is not None
+        assert theirs is not None
+        mean = _points(metric, mine, theirs)
+        return Pair("no interval" if found is None else verdict(metric, found), mean)
+
+    members, dominated = front(list(able), list(by_column), pair)
+    return Front(tuple(by_column), members, dominated, excluded)
+
+
+def _points(metric: Metric, mine: float, theirs: float) -> Literal["better", "worse", "equal"]:
+    if mine == theirs:
+        return "equal"
+    return "better" if (mine < theirs) == (metric.better == "lower") else "worse"
+
+
+def _cost(draft: Draft) -> Cost | None:
+    if not draft.costs:
+        return None
+    means = [sum(values) / len(draft.costs) for values in zip(*draft.costs, strict=True)]
+    return Cost(means[0], means[1], means[2], means[3], draft.from_checkpoint)
+
+
+def _mean_curve(curves: list[tuple[float | None, ...]]) -> tuple[float | None, ...]:
+    """The mean over seeds at each position that every seed scored."""
+    if not curves or len({len(curve) for curve in curves}) > 1:
+        return curves[0] if curves else ()
+    return tuple(
+        None if None in column else sum(value or 0.0 for value in column) / len(column)
+        for column in zip(*curves, strict=True)
+    )
+
+
+def _notes(arms: tuple[Arm, ...]) -> list[str]:
+    notes = []
+    numbers = [(arm, number) for arm in arms for number in arm.numbers.values()]
+    voided = sorted({f"{arm.id}: {number.void}" for arm, number in numbers if number.void})
+    notes += [f"Void, {text}." for text in voided]
+    if any(number.value is not None and len(number.seeds) == 1 for _, number in numbers):
+        notes.append(
+            "Some numbers come from one seed: nothing is known about how another seed would move "
+            "them. Add seeds to find out."
+        )
+    notes += [f"{arm.id}: {problem}." for arm in arms for problem in arm.problems]
+    return notes
+
+
+def _environments(jobs: tuple[JobRow, ...]) -> tuple[Mapping[str, Any], ...]:
+    found: dict[str, Mapping[str, Any]] = {}
+    for row in jobs:
+        environment = (row.result or {}).get("environment")
+        if isinstance(environment, Mapping) and environment:
+            found.setdefault(repr(sorted(environment.items(), key=str)), environment)
+    return tuple(found.values())
+
+
+def _states(jobs: Any) -> dict[str, int]:
+    counted = Counter(JobState(row.state).value for row in jobs)
+    return {state.value: counted[state.value] for state in JobState if counted[state.value]}

@@ -1,0 +1,85 @@
+"""What an arm is called, and its method in words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from kvlab import KvlabError
+from kvlab.methods.axis import REGISTRY, Value
+
+Canonical = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""`Method.to_dict()`: {axis: {name: {parameter: value}}}; empty is full attention."""
+
+FULL = "full attention"
+
+
+def axes_text(axes: Mapping[str, Any]) -> str:
+    """`block_length=2, rank=8`, without the seed."""
+    return ", ".join(f"{key}={plain(value)}" for key, value in axes.items() if key != "seed")
+
+
+def arm_name(job: str, axes: Mapping[str, Any], apply: str) -> str:
+    """The name of an arm: its job, its matrix values, and what is applied where it is used."""
+    inside = axes_text(axes)
+    name = f"{job}[{inside}]" if inside else job
+    return f"{name} + {apply}" if apply else name
+
+
+def method_text(method: Canonical, varying: Iterable[str] = ()) -> str:
+    """A canonical method in words: each choice with the parameters that are not its defaults.
+
+    Args:
+        method: canonical form.
+        varying: parameters that differ between the arms shown: named even where they are defaults.
+    """
+    named = set(varying)
+    parts = [
+        _choice(name, parameters, named)
+        for choices in method.values()
+        for name, parameters in choices.items()
+    ]
+    return " + ".join(parts)
+
+
+def varying_parameters(methods: Iterable[Canonical]) -> set[str]:
+    """Names of the parameters that do not have one value in all methods that have them."""
+    seen: dict[str, set[str]] = {}
+    for method in methods:
+        for choices in method.values():
+            for parameters in choices.values():
+                for key, value in parameters.items():
+                    seen.setdefault(key, set()).add(canonical(value))
+    return {key for key, values in seen.items() if len(values) > 1}
+
+
+def plain(value: Any) -> str:
+    """A JSON value as a person writes it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def canonical(value: Any) -> str:
+    """One text per JSON value, whatever the order of its keys."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def _choice(name: str, parameters: Mapping[str, Any], varying: set[str]) -> str:
+    defaults = _defaults(name)
+    shown = {
+        key: value
+        for key, value in parameters.items()
+        if key in varying or key not in defaults or canonical(defaults[key]) != canonical(value)
+    }
+    inside = ", ".join(f"{key}={plain(value)}" for key, value in shown.items())
+    return f"{name}({inside})" if inside else name
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    """A method's default parameters; none for a method this installation does not know."""
+    try:
+        entry = REGISTRY.find(name)
+    except KvlabError:
+        return {}
+    return asdict(entry.params()) if isinstance(entry, Value) else {}

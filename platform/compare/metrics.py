@@ -1,0 +1,71 @@
+"""Every number a comparison knows: what it is called, its unit, which way is better."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Direction = Literal["lower", "higher"]
+Place = Literal["quality", "speed", "training"]
+"""Where a number comes from: an evaluation, a benchmark, or the jobs that made the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One kind of number.
+
+    Attributes:
+        key: its name in results, JSON and `report.pareto`. title: its name in a table.
+        exact: counted, not measured: equal settings give equal values, so no interval is needed.
+        timed: a clock was involved, so gates about timing void it.
+    """
+
+    key: str
+    title: str
+    unit: str
+    better: Direction
+    place: Place
+    exact: bool = False
+    timed: bool = False
+
+
+METRICS: dict[str, Metric] = {
+    metric.key: metric
+    for metric in (
+        Metric("perplexity", "perplexity", "", "lower", "quality"),
+        Metric("perplexity_per_byte", "perplexity per byte", "", "lower", "quality"),
+        Metric("bits_per_byte", "bits per byte", "bit", "lower", "quality"),
+        Metric("loss", "loss", "nat", "lower", "quality"),
+        Metric("tokens_per_second", "tokens/s", "tok/s", "higher", "speed", timed=True),
+        Metric(
+            "decode_tokens_per_second", "decode tokens/s", "tok/s", "higher", "speed", timed=True
+        ),
+        Metric("prefill_seconds", "prefill", "s", "lower", "speed", timed=True),
+        Metric("time_to_first_token", "first token", "s", "lower", "speed", timed=True),
+        Metric("kv_bytes_per_token", "KV per token", "B", "lower", "speed", exact=True),
+        Metric("kv_bytes_per_token_predicted", "KV predicted", "B", "lower", "speed", exact=True),
+        Metric("peak_memory_bytes", "peak memory", "B", "lower", "speed"),
+        Metric("largest_batch", "largest batch", "", "higher", "speed", exact=True),
+        Metric("body_parameters", "body parameters", "", "lower", "training", exact=True),
+        Metric("parameters", "parameters", "", "lower", "training", exact=True),
+        Metric("train_seconds", "training", "s", "lower", "training", timed=True),
+        Metric("train_flops", "training FLOPs", "FLOP", "lower", "training", exact=True),
+    )
+}
+"""Names that `report.pareto` may use, in the order in which tables show them."""
+
+TIMING_GATES = frozenset({"repeats_enough", "alone"})
+"""Benchmark gates that speak of the clock alone: counted bytes stand when one of them is shut."""
+
+GATES: dict[str, str] = {
+    "repeats_enough": "too few repeats for an interval",
+    "alone": "the machine was not idle",
+    "kv_matches": "measured KV bytes disagree with the formula",
+    "token_counts": "arms generated different numbers of tokens",
+}
+"""What a shut gate means; one that is not listed is shown by its own name."""
+
+
+def gate_reason(name: str) -> str:
+    """Say in words why a shut gate voids a number."""
+    return GATES.get(name, f"gate '{name}' is shut")

@@ -1,0 +1,23 @@
+"""The report's plots as plain Plotly figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kvlab.platform.compare.curves import Curve
+from kvlab.platform.compare.model import Comparison
+from kvlab.platform.compare.plots import pareto, positions, throughput, training
+from kvlab.platform.compare.plots.layout import Chart, colours
+
+__all__ = ["Chart", "charts", "colours"]
+
+
+def charts(comparison: Comparison, curves: Mapping[str, Curve]) -> list[Chart]:
+    """Every plot that there are numbers for."""
+    colour = colours(comparison)
+    return [
+        *pareto.plot(comparison, colour),
+        *throughput.plot(comparison, colour),
+        *positions.plot(comparison, colour),
+        *training.plot(comparison, curves, colour),
+    ]

@@ -1,0 +1,223 @@
+"""The tables of a comparison as plain cells: what the terminal and report.html both draw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from kvlab.platform.compare.formats import (
+    change_text,
+    cost_text,
+    interval_text,
+    number_text,
+    value_text,
+)
+from kvlab.platform.compare.metrics import METRICS
+from kvlab.platform.compare.model import Arm, Column, Comparison, Number, Setting
+
+Tone = Literal["plain", "better", "worse", "faint", "void", "name"]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a cell."""
+
+    text: str
+    tone: Tone = "plain"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Lines from the most to the least important; `hint` is what a pointer over it shows."""
+
+    lines: tuple[Line, ...]
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Heading:
+    """A column's name, and below it what it was measured at."""
+
+    title: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """One table. Every row begins with the arm's name."""
+
+    title: str
+    caption: str
+    headings: tuple[Heading, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+
+def main_sheet(comparison: Comparison) -> Sheet:
+    """The table that answers the question: one row per arm, the headline of every number."""
+    shown = [
+        column
+        for name in (
+            "perplexity",
+            "perplexity_per_byte",
+            "tokens_per_second",
+            "time_to_first_token",
+            "kv_bytes_per_token",
+            "peak_memory_bytes",
+        )
+        if (column := comparison.headline(name))
+    ]
+    predicted = comparison.headline("kv_bytes_per_token_predicted")
+    trained = any(arm.cost for arm in comparison.arms)
+    headings = [Heading("method"), *(_heading(column) for column in shown)]
+    if trained:
+        headings[1:1] = [Heading("parameters", "body, total")]
+        headings.append(Heading("training", "own + before"))
+    headings.append(Heading("seeds"))
+    rows = []
+    for arm in comparison.arms:
+        cells = [_name(arm, comparison), *(_cell(arm, column, predicted) for column in shown)]
+        if trained:
+            cells[1:1] = [_parameters(arm)]
+            cells.append(_cost(arm))
+        cells.append(_seeds(arm, shown))
+        rows.append(tuple(cells))
+    return Sheet("Comparison", _caption(comparison), tuple(headings), tuple(rows))
+
+
+def further_sheets(comparison: Comparison) -> list[Sheet]:
+    """Whatever the main table has no room for: other targets, other loads, every batch size."""
+    sheets = []
+    for setting in comparison.settings:
+        columns = [column for column in comparison.columns if column.setting == setting.id]
+        if setting.place == "quality":
+            shown = [] if any(c.headline for c in columns) else columns
+        else:
+            shown = _speed_columns(columns, setting)
+        if shown:
+            sheets.append(_setting_sheet(comparison, setting, shown))
+    return sheets
+
+
+def _speed_columns(columns: Sequence[Column], setting: Setting) -> list[Column]:
+    rates = [c for c in columns if c.metric == "tokens_per_second"]
+    if len(rates) < 2 and any(c.headline for c in columns):
+        return []
+    batches = [c.batch for c in rates]
+    return [
+        *rates,
+        *(
+            c
+            for c in columns
+            if c.metric == "decode_tokens_per_second" and c.batch == batches[-1:][0]
+        ),
+        *(c for c in columns if c.metric == "time_to_first_token" and c.batch == batches[0]),
+        *(c for c in columns if c.metric == "largest_batch"),
+    ]
+
+
+def _setting_sheet(comparison: Comparison, setting: Setting, shown: Sequence[Column]) -> Sheet:
+    headings = (Heading("method"), *(_heading(column) for column in shown))
+    rows = tuple(
+        (_name(arm, comparison, brief=True), *(_cell(arm, column, None) for column in shown))
+        for arm in comparison.arms
+        if any(arm.number(column.id).value is not None for column in shown)
+        or any(arm.number(column.id).missing != "not measured" for column in shown)
+    )
+    return Sheet(f"{setting.id}: {setting.title}", "", headings, rows)
+
+
+def _heading(column: Column) -> Heading:
+    arrow = "↓" if column.kind.better == "lower" else "↑"
+    detail = "" if column.batch is None else f"batch {column.batch}"
+    if column.metric in ("perplexity", "perplexity_per_byte"):
+        detail = "per token" if column.metric == "perplexity" else "per byte"
+        return Heading(f"perplexity {arrow}", detail)
+    return Heading(f"{column.kind.title} {arrow}", detail)
+
+
+def _name(arm: Arm, comparison: Comparison, brief: bool = False) -> Cell:
+    on_front = comparison.front is not None and arm.id in comparison.front.members
+    lines = [Line(f"◆ {arm.id}" if on_front else f"  {arm.id}", "name")]
+    if not brief:
+        lines.append(Line(f"  {arm.method}{' · baseline' if arm.baseline else ''}", "faint"))
+    hint = f"{arm.method}{' + ' + arm.apply if arm.apply else ''}"
+    return Cell(tuple(lines), hint)
+
+
+def _cell(arm: Arm, column: Column, predicted: Column | None) -> Cell:
+    number, metric = arm.number(column.id), column.kind
+    if number.value is None:
+        return Cell((Line(number.missing or "—", "faint"),))
+    text = number_text(metric, number)
+    if number.void:
+        return Cell((Line("void", "void"), Line(text, "faint")), f"void: {number.void}")
+    lines = [Line(text)]
+    if len(number.seeds) < number.expected:
+        lines.append(Line(f"{len(number.seeds)} of {number.expected} seeds", "worse"))
+    if number.change is not None:
+        lines.append(Line(change_text(number.change), _tone(number)))
+    if predicted is not None and column.metric == "kv_bytes_per_token":
+        other = arm.number(predicted.id)
+        if other.value is not None:
+            lines.append(Line(f"predicted {value_text(predicted.kind, other.value)}", "faint"))
+    return Cell(tuple(lines), _hint(arm, column, number))
+
+
+def _hint(arm: Arm, column: Column, number: Number) -> str:
+    parts = [] if column.kind.exact else [interval_text(column.kind, number)]
+    if number.seeds:
+        each = ", ".join(
+            f"seed {seed}: {value_text(column.kind, value)}" for seed, value in number.seeds.items()
+        )
+        parts.append(each)
+    if number.change is not None:
+        low, high = number.change.low, number.change.high
+        span = f" [{low:.4g}, {high:.4g}]" if low is not None and high is not None else ""
+        parts.append(
+            f"over {arm.against}: ×{number.change.ratio:.4g}{span}, {number.change.verdict} "
+            f"({number.change.basis})"
+        )
+    return "\n".join(parts)
+
+
+def _tone(number: Number) -> Tone:
+    verdict = number.change.verdict if number.change else None
+    return "better" if verdict == "better" else "worse" if verdict == "worse" else "faint"
+
+
+def _parameters(arm: Arm) -> Cell:
+    body, total = arm.number("body_parameters"), arm.number("parameters")
+    if body.value is None:
+        return Cell((Line(body.missing or "—", "faint"),))
+    lines = [Line(value_text(METRICS["body_parameters"], body.value))]
+    if total.value is not None:
+        lines.append(Line(value_text(METRICS["parameters"], total.value), "faint"))
+    return Cell(tuple(lines), f"{body.value:,.0f} outside embeddings and head")
+
+
+def _cost(arm: Arm) -> Cell:
+    if arm.cost is None:
+        return Cell((Line(arm.number("train_seconds").missing or "—", "faint"),))
+    time, work = cost_text(arm.cost)
+    return Cell((Line(time), Line(work, "faint")), "this arm's own training + that of its parents")
+
+
+def _seeds(arm: Arm, columns: Sequence[Column]) -> Cell:
+    counts = [len(number.seeds) for c in columns if (number := arm.number(c.id)).stands]
+    expected = max((arm.number(c.id).expected for c in columns), default=0)
+    least = min(counts, default=0)
+    if least < expected:
+        return Cell((Line(f"{least} of {expected}", "worse"),))
+    return Cell((Line(str(expected)),))
+
+
+def _caption(comparison: Comparison) -> str:
+    parts = ["mean ± standard deviation over seeds"]
+    if any(arm.against for arm in comparison.arms):
+        parts.append(f"× is the ratio to {comparison.baseline} with its 95 % interval")
+    if comparison.front is not None:
+        columns = [comparison.column(name) for name in comparison.front.columns]
+        named = ", ".join(c.kind.title for c in columns if c)
+        parts.append(f"◆ on the Pareto front of {named}")
+    return "; ".join(parts)

@@ -1,0 +1,142 @@
+"""What a comparison says, in sentences that claim no more than its intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvlab.platform.compare.formats import percent_text
+from kvlab.platform.compare.metrics import METRICS
+from kvlab.platform.compare.model import Arm, Change, Column, Comparison
+
+DEFAULT = ("perplexity", "tokens_per_second", "kv_bytes_per_token")
+
+
+def summarise_in_words(comparison: Comparison) -> list[str]:
+    """Return sentences: what was compared, each arm against the baseline, and what is worth it."""
+    if not comparison.arms:
+        return ["This workflow measures no model, so there is nothing to compare."]
+    columns = _columns(comparison)
+    sentences = [_opening(comparison)]
+    for arm in comparison.arms:
+        if arm.against is not None and (claims := _claims(arm, columns)):
+            sentences.append(f"{arm.id} against {arm.against}: {'; '.join(claims)}.")
+    sentences.extend(_worth(comparison, columns))
+    sentences.extend(_front(comparison))
+    return sentences
+
+
+def _columns(comparison: Comparison) -> list[Column]:
+    if comparison.front is not None:
+        found = [comparison.column(name) for name in comparison.front.columns]
+    else:
+        found = [comparison.headline(name) for name in DEFAULT]
+    return [column for column in found if column is not None]
+
+
+def _opening(comparison: Comparison) -> str:
+    seeds = sorted(
+        {len(number.seeds) for arm in comparison.arms for number in arm.numbers.values()}
+    )
+    most = seeds[-1] if seeds else 0
+    arms = len(comparison.arms)
+    text = f"{arms} {'arm' if arms == 1 else 'arms'}, {most} {'seed' if most == 1 else 'seeds'}"
+    lost = sum(comparison.jobs.get(state, 0) for state in ("failed", "skipped", "cancelled"))
+    open_ = sum(comparison.jobs.get(state, 0) for state in ("waiting", "queued", "running"))
+    if lost:
+        text += f"; {lost} of {sum(comparison.jobs.values())} jobs did not succeed"
+    if open_:
+        text += f"; {open_} jobs are still to finish, so numbers may change"
+    return f"{text}."
+
+
+def _claims(arm: Arm, columns: Sequence[Column]) -> list[str]:
+    claims = []
+    for column in columns:
+        number = arm.number(column.id)
+        name = _named(column)
+        if number.void:
+            claims.append(f"{name} void ({number.void})")
+        elif number.change is not None:
+            claims.append(f"{name} {_claim(number.change)}")
+        elif number.value is None:
+            claims.append(f"{name} {number.missing or 'not measured'}")
+    return claims
+
+
+def _claim(change: Change) -> str:
+    if change.verdict == "equal":
+        return "equal"
+    if change.verdict == "no interval":
+        return f"×{change.ratio:.2f}, from one seed and without an interval"
+    if change.verdict == "not distinguished":
+        return f"not distinguished ({_signed(change.low)} to {_signed(change.high)})"
+    exact = change.low is None or change.high is None or change.low == change.high
+    if change.ratio >= 1.5:
+        interval = "" if exact else f" ({change.low:.2f} to {change.high:.2f})"
+        return f"{change.ratio:.2f} times as high{interval}"
+    word = "lower" if change.ratio < 1 else "higher"
+    interval = "" if exact else f" ({_signed(change.low)} to {_signed(change.high)})"
+    return f"{percent_text(change.ratio)} {word}{interval}"
+
+
+def _signed(ratio: float | None) -> str:
+    if ratio is None:
+        return "?"
+    return f"{'+' if ratio >= 1 else '−'}{percent_text(ratio)}"
+
+
+def _worth(comparison: Comparison, columns: Sequence[Column]) -> list[str]:
+    """Arms that gain something known while no quality is known to be lost, and the reverse."""
+    quality = [c for c in columns if METRICS[c.metric].place == "quality"]
+    others = [c for c in columns if c not in quality]
+    sentences = []
+    for arm in comparison.arms:
+        gains = [c for c in others if _is(arm, c, "better")]
+        if not gains or not quality or arm.against is None:
+            continue
+        losses = [c for c in others if _is(arm, c, "worse")]
+        cost = arm.number(quality[0].id).change
+        if cost is None or losses:
+            continue
+        gained = " and ".join(_named(c) for c in gains)
+        if cost.verdict == "better":
+            sentences.append(f"{arm.id} is better on {gained} and on {_named(quality[0])}.")
+        elif cost.verdict == "not distinguished" and cost.high is not None:
+            sentences.append(
+                f"{arm.id} gains on {gained} at no loss of quality that this study can see; it "
+                f"cannot rule out {_named(quality[0])} up to {percent_text(cost.high)} higher."
+            )
+        elif cost.verdict == "worse":
+            sentences.append(
+                f"{arm.id} buys {gained} with {percent_text(cost.ratio)} more "
+                f"{_named(quality[0])}: worth it only where that is acceptable."
+            )
+    return sentences
+
+
+def _front(comparison: Comparison) -> list[str]:
+    front = comparison.front
+    if front is None or len(front.members) + len(front.dominated) < 2:
+        return []
+    sentences = []
+    if not front.dominated:
+        sentences.append("No arm beats another on everything: which is best depends on the trade.")
+    for loser, winners in front.dominated.items():
+        sentences.append(f"{loser} is beaten by {' and '.join(winners)}.")
+    for arm, reason in front.excluded.items():
+        sentences.append(f"{arm} takes no part in the Pareto front ({reason}).")
+    return sentences
+
+
+def _is(arm: Arm, column: Column, verdict: str) -> bool:
+    number = arm.number(column.id)
+    return number.stands and number.change is not None and number.change.verdict == verdict
+
+
+def _named(column: Column) -> str:
+    title = METRICS[column.metric].title
+    return (
+        f"{title} at batch {column.batch}"
+        if column.batch and METRICS[column.metric].timed
+        else title
+    )
