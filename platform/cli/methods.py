@@ -18,7 +18,9 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the axes and values a method is made of, with parameters, ranges and defaults."""
-    entries = [*REGISTRY.values(), *REGISTRY.presets()] if name is None else [REGISTRY.find(name)]
+    entries: list[Value | Preset] = [*REGISTRY.values(), *REGISTRY.presets()]
+    if name is not None:
+        entries = [REGISTRY.find(name)]
     described = [describe(entry) for entry in entries]
     if as_json:
         print(json.dumps(described if name is None else described[0], indent=2))

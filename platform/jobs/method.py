@@ -178,7 +178,7 @@ def _names(when: When) -> tuple[str, ...]:
 
 
 def _belongs(value: Value, when: When) -> bool:
-    """Train-time axes stand under `method:`, others under `apply:`; a default may stand anywhere."""
+    """Train-time axes stand under `method:`, others under `apply:`, a default anywhere."""
     return value.default or (value.axis in TRAIN_TIME) == (when == "train")
 
 

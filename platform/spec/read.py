@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from kvlab.platform.spec.contents import Contents, Unread
 from kvlab.platform.spec.document import parse, read_text
 from kvlab.platform.spec.expand import Draft, Expansion
 from kvlab.platform.spec.identity import code_digest, identify
+from kvlab.platform.spec.join import SEED
 from kvlab.platform.spec.machine import describe
 from kvlab.platform.spec.problems import WorkflowError
 from kvlab.platform.spec.surroundings import shared_data, shared_model
@@ -87,16 +89,16 @@ def _check_report(workflow: Workflow) -> None:
 
 
 def _cells(expansion: Expansion, drafts: list[Draft], identified: bool) -> list[Cell]:
+    """Return the graph's cells; without identities unless `identified`."""
     identities: dict[str, str] = {}
     cells: list[Cell] = []
     if expansion.implicit is not None:
-        cells.append(_data_cell(expansion, identities, identified))
-    short = {**expansion.short, "seed": "seed"}
+        cells.append(_data_cell(expansion.implicit.spec, identified))
+        identities[IMPLICIT] = cells[0].identity
+    short = {**expansion.short, SEED: SEED}
     for draft in drafts:
-        identity, parts = "", {}
-        if identified:
-            identity, parts = _identity(draft, identities)
-            identities[draft.name] = identity
+        identity, parts = _identity(draft, identities) if identified else ("", {})
+        identities[draft.name] = identity
         cells.append(
             Cell(
                 name=draft.name,
@@ -116,13 +118,10 @@ def _cells(expansion: Expansion, drafts: list[Draft], identified: bool) -> list[
     return cells
 
 
-def _data_cell(expansion: Expansion, identities: dict[str, str], identified: bool) -> Cell:
-    assert expansion.implicit is not None
-    kind, spec = KINDS[IMPLICIT], expansion.implicit.spec
-    identity, parts = "", {}
-    if identified:
-        identity, parts = identify(IMPLICIT, spec, {}, code_digest(kind.sources(spec)))
-        identities[IMPLICIT] = identity
+def _data_cell(spec: Mapping[str, Any], identified: bool) -> Cell:
+    kind = KINDS[IMPLICIT]
+    code = code_digest(kind.sources(spec)) if identified else ""
+    identity, parts = identify(IMPLICIT, spec, {}, code) if identified else ("", {})
     return Cell(
         name=IMPLICIT,
         job=IMPLICIT,
@@ -137,7 +136,7 @@ def _data_cell(expansion: Expansion, identities: dict[str, str], identified: boo
     )
 
 
-def _identity(draft: Draft, identities: dict[str, str]) -> tuple[str, dict[str, str]]:
+def _identity(draft: Draft, identities: Mapping[str, str]) -> tuple[str, dict[str, str]]:
     kind = KINDS[draft.job.kind]
     return identify(
         draft.job.kind,
