@@ -32,5 +32,5 @@ def summarise(samples: Sequence[float]) -> dict[str, Any]:
 
 def _coverage(n: int, below: int) -> float:
     """Probability that the median lies between the order statistics `below` from either end."""
-    outside = sum(math.comb(n, k) for k in range(below + 1)) / 2**n
+    outside = sum(math.comb(n, k) for k in range(below + 1)) / float(2**n)
     return max(0.0, 1 - 2 * outside)

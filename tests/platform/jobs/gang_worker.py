@@ -6,13 +6,14 @@ from pathlib import Path
 
 from kvlab.platform.jobs.context import Stopped
 from kvlab.platform.jobs.local import LocalContext
-from kvlab.platform.jobs.train.run import run
+from kvlab.platform.jobs.train.run import run as train
+from kvlab.platform.jobs.uptrain.run import run as uptrain
 
 asked = json.loads(sys.argv[1])
 for job in asked["jobs"]:
     context = LocalContext(
         folder=Path(job["folder"]) if asked["rank"] == 0 else Path(job["folder"] + "-other"),
-        inputs={"data": Path(asked["data"])},
+        inputs={role: Path(folder) for role, folder in asked["inputs"].items()},
         rank=asked["rank"],
         workers=asked["workers"],
         rendezvous=job["rendezvous"],
@@ -21,7 +22,7 @@ for job in asked["jobs"]:
     )
     context.folder.mkdir(exist_ok=True)
     try:
-        result = run(job["spec"], context)
+        result = (train if "model" in job["spec"] else uptrain)(job["spec"], context)
     except Stopped:
         result = "stopped"
     points = [[key, step, value] for (key, step), value in context.points.items()]

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from kvlab.platform.jobs.context import JobError
 from kvlab.platform.jobs.local import LocalContext, run_cell
 from kvlab.platform.jobs.train.run import run
+from kvlab.platform.jobs.uptrain.run import run as uptrain
 
+SAME = ["ddp", "fsdp", "ddp-block", "fsdp-block", "ddp-uptrain", "fsdp-uptrain"]
 WORKER = Path(__file__).with_name("gang_worker.py")
 
 
@@ -24,15 +26,23 @@ def free_address():
 
 
 @pytest.fixture(scope="module")
-def gang(data, train_spec, block, tmp_path_factory):
+def gang(data, base, train_spec, block, tmp_path_factory):
     """Run every job of this file in one pair of processes; return name -> what rank 0 said."""
     folder = tmp_path_factory.mktemp("gang")
     masked = train_spec(method=block(4), accumulate=2, batch_size=2)
+    lora = {
+        **train_spec(method=block(4), learning_rate=1e-3),
+        "lora": {"rank": 2, "alpha": 4.0, "targets": None},
+        "distill": {"weight": 0.5, "temperature": 2.0},
+    }
+    lora.pop("model")
     specs = {
         "ddp": train_spec(),
         "fsdp": train_spec(parallel="fsdp"),
         "ddp-block": masked,
         "fsdp-block": {**masked, "parallel": "fsdp"},
+        "ddp-uptrain": lora,
+        "fsdp-uptrain": {**lora, "parallel": "fsdp"},
         "fsdp-stopped": train_spec(parallel="fsdp"),
         "fsdp-resumed": train_spec(parallel="fsdp"),
     }
@@ -53,7 +63,8 @@ def gang(data, train_spec, block, tmp_path_factory):
         run(train_spec(), stopped)
     ranks = []
     for rank in range(2):
-        asked = {"rank": rank, "workers": 2, "data": str(data), "jobs": jobs}
+        asked = {"rank": rank, "workers": 2, "jobs": jobs}
+        asked["inputs"] = {"data": str(data), "from": str(base)}
         command = [sys.executable, str(WORKER), json.dumps(asked)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
@@ -67,10 +78,10 @@ def gang(data, train_spec, block, tmp_path_factory):
     return folder, specs, found
 
 
-def alone(data, spec, folder):
-    context = LocalContext(folder=folder, inputs={"data": data})
+def alone(data, spec, folder, base=None):
+    context = LocalContext(folder=folder, inputs={"data": data, "from": base})
     folder.mkdir(exist_ok=True)
-    return run(spec, context), context.points
+    return (run if "model" in spec else uptrain)(spec, context), context.points
 
 
 def difference(one, two):
@@ -79,10 +90,10 @@ def difference(one, two):
     return max(float((one[key] - two[key]).abs().max()) for key in one)
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "ddp-block", "fsdp-block"])
-def test_two_workers_train_what_one_does(gang, data, tmp_path, name):
+@pytest.mark.parametrize("name", SAME)
+def test_two_workers_train_what_one_does(gang, data, base, tmp_path, name):
     folder, specs, found = gang
-    result, points = alone(data, specs[name], tmp_path)
+    result, points = alone(data, specs[name], tmp_path, base)
     said = {(key, step): value for key, step, value in found[name]["points"]}
     for key, step in points:
         if key in ("loss", "gradient_norm"):
