@@ -45,6 +45,7 @@ def from_reference(
     state: Mapping[str, Tensor],
     *,
     heads: int | None = None,
+    token_heads: int | None = None,
     rotary_fraction: float = 0.25,
     rope_theta: float = 10000.0,
     token_decoder: Literal["prefix", "summation"] = "prefix",  # noqa: S107
@@ -56,8 +57,8 @@ def from_reference(
 
     Args:
         state: tensors by the reference's names.
-        heads: of the block decoder; None: the reference's rule (size 32 up to width 256, 64 up to
-            1536, else 128). The token decoder has heads of the same size.
+        heads, token_heads: of the two decoders; None: the reference's rule (size 32 up to width
+            256, 64 up to 1536, else 128), and `heads` for a token decoder of the same width.
         rotary_fraction, rope_theta: of both decoders.
         token_decoder: "prefix" or "summation".
         max_positions: tokens of a sequence it was trained on.
@@ -72,12 +73,19 @@ def from_reference(
     expansion = _get(state, "token_decoder.expansion_layer.weight")
     vectors = expansion.shape[0] // token_width
     counts = [_layers(state, f"{part}_decoder") for part in ("block", "token")]
-    head_dim = width // heads if heads else _head_dim(width)
+    heads = heads or width // _head_dim(width)
+    if token_heads is None:
+        token_heads = heads if token_width == width else token_width // _head_dim(token_width)
+    if width % heads or token_width % token_heads:
+        raise ReferenceCheckpointError(
+            f"{heads} and {token_heads} heads do not divide the widths {width} and {token_width}: "
+            "give the checkpoint's own numbers of heads"
+        )
     config = DecoderConfig(
         vocab_size=table.shape[0],
         max_positions=max_positions,
         rope_theta=rope_theta,
-        **gpt_neox(width, sum(counts), width // head_dim) | {"rotary_fraction": rotary_fraction},
+        **gpt_neox(width, sum(counts), heads) | {"rotary_fraction": rotary_fraction},
     )
     params: dict[str, Any] = {
         "block_layers": counts[0],
@@ -86,17 +94,19 @@ def from_reference(
         "prefix_length": vectors if token_decoder == "prefix" else 1,
         **_embedder(state, table, width),
     }
-    if token_width != width:
-        token_heads = None if heads else token_width // _head_dim(token_width)
+    if (token_width, token_heads) != (width, heads):
         params |= {"token_width": token_width, "token_heads": token_heads}
     model = BlockTransformer(config, resolve({"block_transformer": params}))
     tensors = dict(_renamed(state, model))
     if state:
         raise ReferenceCheckpointError(f"tensors of a variant that is not imported: {list(state)}")
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ReferenceCheckpointError(f"incomplete reference checkpoint: {error}") from error
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    wrong = [name for name, shape in wanted.items() if shape != _shape(tensors.get(name))]
+    if wrong:
+        raise ReferenceCheckpointError(
+            f"tensors missing or of another shape, by kvlab's names: {', '.join(wrong)}"
+        )
+    model.load_state_dict(tensors)
     return model
 
 
@@ -144,6 +154,10 @@ def _embedder(state: Mapping[str, Tensor], table: Tensor, width: int) -> dict[st
             "embedding_width": kernel.shape[1],
             "block_length": kernel.shape[2],
         }
+    if width % table.shape[1]:
+        raise ReferenceCheckpointError(
+            f"rows of {table.shape[1]} do not add up to the width {width}; there is no projection"
+        )
     return {"embedder": "lookup", "block_length": width // table.shape[1]}
 
 
@@ -154,6 +168,10 @@ def _layers(state: Mapping[str, Tensor], part: str) -> int:
 
 def _head_dim(width: int) -> int:
     return 32 if width <= 256 else 64 if width <= 1536 else 128
+
+
+def _shape(tensor: Tensor | None) -> torch.Size | None:
+    return None if tensor is None else tensor.shape
 
 
 def _get(state: Mapping[str, Tensor], name: str) -> Tensor:

@@ -37,6 +37,7 @@ class Case:
         self.model = from_reference(
             self.below("w."),
             heads=self.config["Hb"],
+            token_heads=self.config["Ht"],
             rotary_fraction=self.config["rot"],
             rope_theta=self.config["base"],
             token_decoder=self.config["strategy"],

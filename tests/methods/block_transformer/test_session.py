@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvlab.methods.axis import resolve
 from kvlab.methods.block_transformer.model import BlockTransformer
+from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.generation import generate, left_pad
 
 Make = Callable[..., BlockTransformer]
@@ -83,6 +84,20 @@ def test_a_window_counts_blocks(make: Make, ids: Callable[..., Tensor]) -> None:
     # One block layer: the last two whole blocks of the prompt are all that the next block sees.
     cut = replay(model, [p[-8:] for p in prompts], new)
     torch.testing.assert_close(small[:, :4], cut[:, :4], atol=1e-4, rtol=1e-4)
+
+
+def test_windows_of_the_model_hold_in_generation(
+    config: DecoderConfig, ids: Callable[..., Tensor]
+) -> None:
+    """A converted Mistral: windows of its block layers are those of both passes."""
+    torch.manual_seed(0)
+    method = resolve({"block_transformer": {"block_length": 2}})
+    model = BlockTransformer(config.with_(windows=(8, None, 8, 8)), method).eval()
+    assert model.sizes.block.windows == (4, None)
+    prompts = [ids(n).tolist() for n in (3, 16, 23)]
+    greedy = generate(model, prompts, NEW)
+    for prompt, new in zip(prompts, greedy, strict=True):
+        assert expected(model, prompt, new).argmax(-1).tolist() == new
 
 
 def test_a_step_never_waits_for_the_device(make: Make, ids: Callable[..., Tensor]) -> None:
