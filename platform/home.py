@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from kvlab import KvlabError
 
@@ -31,9 +32,8 @@ class Home:
         The database is `url`, else $KVLAB_DATABASE, else kvlab.db in the folder.
         """
         folder = Path(root or os.environ.get("KVLAB_HOME") or ".kvlab").expanduser().absolute()
-        return cls(
-            folder, url or os.environ.get("KVLAB_DATABASE") or f"sqlite:///{folder}/kvlab.db"
-        )
+        own = f"sqlite:///{quote(str(folder), safe='/ ')}/kvlab.db"
+        return cls(folder, url or os.environ.get("KVLAB_DATABASE") or own)
 
     def create(self) -> None:
         """Make the folders. Raises KvlabError when the place cannot be written."""

@@ -36,6 +36,18 @@ def test_upgrade_makes_the_store_in_kvlab_home_once(home: Path) -> None:
     assert (home / "kvlab.db").is_file()
 
 
+@pytest.mark.parametrize("name", ["a b", "50%", "a%20b", "what?", "#1", "näme", "a+b"])
+def test_kvlab_home_may_have_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.delenv("KVLAB_DATABASE", raising=False)
+    monkeypatch.setenv("KVLAB_HOME", str(tmp_path / name))
+    say("upgrade")
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.db")] == [
+        Path(name) / "kvlab.db"
+    ]
+
+
 @pytest.mark.postgres
 def test_upgrade_prepares_a_postgresql_named_by_the_environment(
     postgres_url: str, home: Path, monkeypatch: pytest.MonkeyPatch
