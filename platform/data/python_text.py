@@ -12,10 +12,10 @@ from pathlib import Path
 from kvlab.platform.data.documents import DataError, Document, plain
 
 TOPICS = "pydoc_data/topics.py"
-# Tests and vendored tools: repetitive, partly not UTF-8, and absent from some distributions.
+# Tests, tables of characters and vendored tools: repetitive, partly not UTF-8, not always there.
 SKIPPED = frozenset(
     {
-        "__pycache__", "dist-packages", "ensurepip", "idle_test", "idlelib", "lib2to3",
+        "__pycache__", "dist-packages", "encodings", "ensurepip", "idle_test", "idlelib", "lib2to3",
         "pydoc_data", "site-packages", "test", "tests", "turtledemo",
     }
 )  # fmt: skip

@@ -82,6 +82,7 @@ class Train(Kind):
             "kvlab.platform.jobs.train",
             "kvlab.platform.jobs.training",
             "kvlab.methods.decoder",
+            "kvlab.methods.packing",
             "kvlab.methods.store",
             "kvlab.kernels.attention",
             *axis_sources(method_of(spec["method"])),

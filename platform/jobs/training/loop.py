@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import time
 from collections import deque
@@ -201,7 +202,8 @@ class Training:
         found = self.context.restore()
         step = found[0] if found else 0
         if self.gang.highest(step) != -self.gang.highest(-step):
-            raise OSError(f"rank {self.gang.rank} sees checkpoint {step}, another rank another")
+            # ESTALE is an infrastructure failure: the attempt ends and another may fare better.
+            raise OSError(errno.ESTALE, f"ranks see different checkpoints, this one {step}")
         if found is None:
             return
         progress = checkpoint.restore(found[1], self.module, self.optimizer)

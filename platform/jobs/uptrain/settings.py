@@ -93,6 +93,7 @@ class Uptrain(Kind):
             "kvlab.platform.jobs.uptrain",
             "kvlab.platform.jobs.training",
             "kvlab.methods.decoder",
+            "kvlab.methods.packing",
             "kvlab.methods.store",
             "kvlab.kernels.attention",
             *axis_sources(method_of(spec["method"])),
