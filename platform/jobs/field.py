@@ -10,6 +10,9 @@ from pydantic_core import PydanticCustomError
 NESTED = "kvlab_nested"
 """The pydantic error type whose context holds `problems`: (path below the field, message) pairs."""
 
+MOST_COMPARED = 500
+"""Known names that a wrong one is compared with: the work must not grow with a user's file."""
+
 Path = tuple[str | int, ...]
 
 
@@ -25,7 +28,7 @@ def wrong(message: str) -> PydanticCustomError:
 
 def suggest(name: object, known: Sequence[str], *, most: int = 24) -> str:
     """Return "did you mean 'x'? known: ..." for a name that is not among `known`."""
-    close = get_close_matches(str(name), known, n=1)
+    close = get_close_matches(str(name), known[:MOST_COMPARED], n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
     listed = ", ".join(known[:most]) + (", ..." if len(known) > most else "")
     return f"{hint}known: {listed or 'none'}"

@@ -138,7 +138,7 @@ def _params_problems(value: Value, raw: Mapping[str, Any]) -> Iterator[tuple[Pat
     try:
         params = build(value.params, raw)
     except ValidationError as error:
-        for path, message in from_pydantic(error, raw):
+        for path, message in from_pydantic(error, raw, params_model(value.params)):
             yield (value.name, *path), message
         return
     except (KvlabError, ValueError) as error:

@@ -57,7 +57,10 @@ def _variant(workflow: Workflow, job: JobEntry, combination: Combination) -> Var
     except ValidationError as error:
         sound = False
         for path, message in from_pydantic(error, combination.raw, kind.settings):
-            workflow.blame(written_at(job, combination, (job.kind, *path)), message)
+            place = written_at(job, combination, (job.kind, *path))
+            if message.startswith("unknown key") and place in combination.origins.values():
+                place = place[:-1]  # the dotted path is wrong, whatever the value
+            workflow.blame(place, message)
     beside = {**job.common.resources.model_dump(exclude_none=True), **combination.beside}
     try:
         resources = resources_of(job.kind, ResourcesSettings.model_validate(beside))

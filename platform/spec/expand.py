@@ -23,6 +23,10 @@ MOST_CELLS = 100_000
 MOST_NEEDS = 1_000_000
 
 
+class _Told(Exception):
+    """The job cannot be expanded, and the workflow has been told why."""
+
+
 @dataclass(slots=True)
 class Draft:
     """A cell before it has an identity. `axes` are keyed by dotted path."""
@@ -128,6 +132,9 @@ class Expansion:
         )
 
     def _rests_on_broken(self, job: JobEntry) -> bool:
+        wants_model = KINDS[job.kind].produces_model
+        if wants_model and not self.model and "model" in self.workflow.document.value:
+            return True
         return any(
             name in self.workflow.broken or name not in self.drafts
             for name, _, _ in self._named(job)
@@ -157,8 +164,7 @@ class Expansion:
         try:
             for variant in self._variants[job.name]:
                 drafts += self._joined(job, variant)
-        except Unmatched as error:
-            self.workflow.blame(job.path, str(error))
+        except _Told:
             return
         total = len(self.parents) + len(drafts)
         if total > MOST_CELLS:
@@ -175,18 +181,27 @@ class Expansion:
         listed = KINDS[job.kind].references
         roles = list(variant.references)
         drafts: list[Draft] = []
-        for chosen in itertools.product(*(variant.references[role] for role in roles)):
-            arms = {
-                role: (reference.job, pinned(self._points[reference.job], reference, self.short))
-                for role, reference in zip(roles, chosen, strict=True)
-            }
+        written = [list(reference_places(job, variant, role)) for role in roles]
+        for chosen in itertools.product(*written):
+            references = dict(zip(roles, chosen, strict=True))
             tags = {
                 role: reference.job
-                for role, reference in zip(roles, chosen, strict=True)
+                for role, (reference, _) in references.items()
                 if listed[role] == "many" and len(variant.references[role]) > 1
             }
-            for cell in join(self._own(job, variant, arms), arms, self.short):
-                drafts.append(self._draft(job, variant, cell, tags))
+            try:
+                arms = {
+                    role: (
+                        reference.job,
+                        pinned(role, self._points[reference.job], reference, self.short),
+                    )
+                    for role, (reference, _) in references.items()
+                }
+                cells = join(self._own(job, variant, arms), arms, self.short)
+            except Unmatched as error:
+                self.workflow.blame(references[error.role][1], str(error))
+                raise _Told from None
+            drafts += [self._draft(job, variant, cell, tags) for cell in cells]
         return drafts
 
     def _own(

@@ -34,14 +34,20 @@ class Joined:
 
 
 class Unmatched(Exception):
-    """A reference that finds no partner; the text says which axis and what there is."""
+    """A reference (in `role`) that finds no partner; the text says why and what there is."""
+
+    def __init__(self, role: str, message: str) -> None:
+        super().__init__(message)
+        self.role = role
 
 
-def pinned(points: Sequence[Point], reference: Reference, short: Mapping[str, str]) -> list[Point]:
+def pinned(
+    role: str, points: Sequence[Point], reference: Reference, short: Mapping[str, str]
+) -> list[Point]:
     """Return the points that a reference's `where` keeps, without the axes it names.
 
     Args:
-        points: all cells of the referenced job.
+        role: what the reference is for. points: all cells of the referenced job.
         reference: with a `where` of short or dotted axis names.
         short: dotted axis -> short name.
 
@@ -54,12 +60,15 @@ def pinned(points: Sequence[Point], reference: Reference, short: Mapping[str, st
         names = {name: axis for axis in axes for name in (axis, short.get(axis, axis))}
         if written not in names:
             known = sorted(short.get(axis, axis) for axis in axes)
-            raise Unmatched(f"'{reference.job}' has no axis '{written}': {suggest(written, known)}")
+            raise Unmatched(
+                role, f"'{reference.job}' has no axis '{written}': {suggest(written, known)}"
+            )
         axis = names[written]
         there = [point for point in kept if _key(point.axes.get(axis)) == _key(value)]
         if not there:
             values = _values(kept, axis)
-            raise Unmatched(f"no cell of '{reference.job}' has {written}={shown(value)}: {values}")
+            said = f"no cell of '{reference.job}' has {written}={shown(value)}: {values}"
+            raise Unmatched(role, said)
         kept = [
             Point(point.name, {a: v for a, v in point.axes.items() if a != axis}) for point in there
         ]
@@ -95,7 +104,7 @@ def _with_role(
     for cell in cells:
         matching = found(cell.axes)
         if not matching:
-            raise Unmatched(_explain(cell.axes, job, points, short))
+            raise Unmatched(role, _explain(cell.axes, job, points, short))
         for point in matching:
             grown.append(Joined({**point.axes, **cell.axes}, {**cell.parents, role: point}))
     return grown

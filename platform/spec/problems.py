@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -13,8 +15,8 @@ from kvlab.platform.jobs.field import NESTED, Path, suggest
 
 SHOWN = 60
 """Characters of a found value that a message shows."""
-
-_NO_FOUND = frozenset({"missing", "extra_forbidden"})
+LONGEST = 1_000
+"""Characters of a message."""
 
 _MESSAGES = {
     "missing": "is required",
@@ -52,7 +54,8 @@ class Problem:
 
     def __str__(self) -> str:
         where = f"{self.path}: " if self.path else ""
-        return one_line(f"{self.file}:{self.line}: {where}{self.message}")
+        text = one_line(f"{self.file}:{self.line}: {where}{self.message}")
+        return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
 
 
 class WorkflowError(KvlabError):
@@ -99,12 +102,15 @@ def from_pydantic(
         raw: the value as it was written: paths are cut to what is really there.
         model: the model it was validated against, so that unknown keys can be told the known ones.
     """
-    for item in error.errors(include_url=False, include_input=False):
+    items = error.errors(include_url=False, include_input=False)
+    for item in items:
+        if item["type"] == "too_short" and _inside(item["loc"], items):
+            continue  # its entries were dropped for mistakes of their own
         path = _existing(item["loc"], raw, keep_last=item["type"] == "missing")
         context = item.get("ctx", {})
         if item["type"] == NESTED:
             for below, message in context["problems"]:
-                yield path + tuple(below), _with_found(message, raw, path + tuple(below))
+                yield (*path, *below), _with_found(message, raw, (*path, *below))
             continue
         if item["type"] == "extra_forbidden":
             known = known_keys(model, path[:-1])
@@ -112,11 +118,24 @@ def from_pydantic(
             continue
         pattern = _MESSAGES.get(item["type"])
         message = pattern.format(**context) if pattern else _lower(item["msg"])
-        yield path, message if item["type"] in _NO_FOUND else _with_found(message, raw, path)
+        if item["type"] == "literal_error":
+            message += _nearest(lookup(raw, path), context["expected"])
+        yield path, _with_found(message, raw, path)
+
+
+def _inside(location: tuple[str | int, ...], items: Sequence[Any]) -> bool:
+    """Whether another mistake lies below this place."""
+    size = len(location)
+    return any(len(i["loc"]) > size and i["loc"][:size] == location for i in items)
 
 
 def _lower(message: str) -> str:
     return message[:1].lower() + message[1:]
+
+
+def _nearest(found: Any, expected: str) -> str:
+    close = get_close_matches(str(found), re.findall(r"'([^']*)'", expected), n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 def _existing(location: Sequence[str | int], raw: Any, *, keep_last: bool) -> Path:
@@ -151,7 +170,7 @@ def lookup(raw: Any, path: Sequence[str | int]) -> Any:
 
 def _with_found(message: str, raw: Any, path: Path) -> str:
     found = lookup(raw, path)
-    if found is _ABSENT or "found" in message or message.startswith("unknown"):
+    if found is _ABSENT or "found" in message or not message.startswith("must"):
         return message
     return f"{message}, found {shown(found)}"
 

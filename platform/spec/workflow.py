@@ -8,28 +8,45 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, WithJsonSchema
+from pydantic import AfterValidator, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic_core import CoreSchema
 
 from kvlab.db.states import Cause
 from kvlab.platform.compare.metrics import METRICS
 from kvlab.platform.graph import DEFAULT_RETRIES, Resources
 from kvlab.platform.jobs import IMPLICIT, KINDS
 from kvlab.platform.jobs.data.settings import DataSettings
-from kvlab.platform.jobs.field import Path, suggest, wrong
+from kvlab.platform.jobs.field import Path, nested, suggest, wrong
 from kvlab.platform.jobs.kind import Settings
 from kvlab.platform.jobs.model import ModelSettings
 from kvlab.platform.jobs.quantities import Bytes, Seconds
 from kvlab.platform.spec.document import Document
-from kvlab.platform.spec.problems import Problem, from_pydantic, known_keys, shown
+from kvlab.platform.spec.problems import Problem, WorkflowError, from_pydantic, known_keys, shown
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 NAME_RULE = "must be 1 to 64 letters, digits, '_', '-' or '.', and not start with '-' or '.'"
 LARGEST_SEED = 2**32 - 1
+MOST_SEEDS = 10_000
+MOST_PROBLEMS = 1_000
 MOST_MATRIX_KEYS = 16
 
+
+def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    first = {seed: index for index, seed in reversed(list(enumerate(seeds)))}
+    again = [index for index, seed in enumerate(seeds) if first[seed] != index]
+    if again:
+        raise nested([((index,), f"is listed twice, found {seeds[index]}") for index in again])
+    return seeds
+
+
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
-Seeds = Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)]
-Attempts = Annotated[int, Field(ge=0, le=100)]
+Seeds = Annotated[
+    tuple[Seed, ...],
+    Field(strict=False, min_length=1, max_length=MOST_SEEDS),
+    AfterValidator(_distinct),
+]
+MOST_RETRIES = 100
+Attempts = Annotated[int, Field(ge=0, le=MOST_RETRIES)]
 
 
 def _known_metric(name: str) -> str:
@@ -64,11 +81,26 @@ class ResourcesSettings(Settings):
 
 
 class RetriesSettings(Settings):
-    """`retries:` of a job: attempts beyond the first, by cause."""
+    """`retries:` of a job: attempts beyond the first, by cause, or one number for every cause."""
 
     node_lost: Attempts | None = None
     out_of_memory: Attempts | None = None
     infrastructure: Attempts | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _for_all(cls, written: Any) -> Any:
+        if isinstance(written, int) and not isinstance(written, bool):
+            if not 0 <= written <= MOST_RETRIES:
+                raise wrong(f"must be from 0 to {MOST_RETRIES}")
+            return dict.fromkeys(cls.model_fields, written)
+        return written
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: Any) -> dict[str, Any]:
+        by_cause = handler.resolve_ref_schema(handler(core))
+        number = {"type": "integer", "minimum": 0, "maximum": MOST_RETRIES}
+        return {"anyOf": [number, dict(by_cause)]}
 
 
 class JobSettings(Settings):
@@ -78,7 +110,7 @@ class JobSettings(Settings):
     seeds: Seeds | None = None
     needs: Annotated[tuple[str, ...], Field(strict=False)] = ()
     resources: ResourcesSettings = ResourcesSettings()
-    retries: Attempts | RetriesSettings = RetriesSettings()
+    retries: RetriesSettings = RetriesSettings()
     timeout: Seconds | None = Field(default=None, gt=0)
 
 
@@ -125,7 +157,14 @@ class Workflow:
     problems: list[Problem] = field(default_factory=list)
 
     def blame(self, path: Path, message: str) -> None:
-        """Record a mistake; a job it stands in is broken."""
+        """Record a mistake; a job it stands in is broken.
+
+        Raises:
+            WorkflowError: there are so many that the rest is not looked for.
+        """
+        if len(self.problems) >= MOST_PROBLEMS:
+            more = self.document.problem((), f"has more than {MOST_PROBLEMS} mistakes")
+            raise WorkflowError([*self.problems, more])
         self.problems.append(self.document.problem(path, message))
         if len(path) > 1 and path[0] == "jobs":
             self.broken.add(str(path[1]))
@@ -268,9 +307,7 @@ def resources_of(kind: str, settings: ResourcesSettings) -> Resources:
     )
 
 
-def retries_of(settings: int | RetriesSettings) -> dict[Cause, int]:
+def retries_of(settings: RetriesSettings) -> dict[Cause, int]:
     """Return retry budgets by cause."""
-    if isinstance(settings, int):
-        return dict.fromkeys(DEFAULT_RETRIES, settings)
     written = settings.model_dump(exclude_none=True)
     return {cause: written.get(cause.value, default) for cause, default in DEFAULT_RETRIES.items()}
