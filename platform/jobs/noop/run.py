@@ -20,9 +20,9 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
     """Log points, checkpoint, sleep, and fail where asked.
 
     Args:
-        spec: points (steps, each one point), checkpoints (write one every so many steps; 0: none),
-            sleep (seconds, spread over the steps), fail (see `_fail`) and fail_at (the step before
-            which it fails; None: after the last). All but sleep, points and fail may be missing.
+        spec: points (steps, each one point), sleep (seconds, spread over the steps), fail (see
+            `_fail`); and, where they are there, checkpoints (steps between two; 0: none) and
+            fail_at (the step before which it fails; None: after the last).
 
     Returns:
         {"points": steps, "started_from": the step of the checkpoint it went on from}.
@@ -30,9 +30,7 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
     steps, every = int(spec["points"]), int(spec.get("checkpoints") or 0)
     fail_at = spec.get("fail_at")
     found = context.restore()
-    begin = 0
-    if found:
-        begin = json.loads((found[1] / "step.json").read_text())
+    begin = json.loads((found[1] / "step.json").read_text()) if found else 0
     pause = spec["sleep"] / max(1, steps)
     for step in range(begin, max(1, steps)):
         if spec["fail"] and fail_at == step:
@@ -72,10 +70,10 @@ def _fail(how: str, context: Context) -> None:
         raise Diverged("the loss is nan, as asked")
     if how == "oom":
         raise MemoryError("out of memory, as asked")
-    if how in ("user", "error"):
+    if how == "user":
         raise JobError("cannot be done, as asked")
     if how == "disk":
         raise OSError(errno.ENOSPC, "No space left on device", str(context.folder))
-    if how in ("exit", "crash"):
+    if how == "exit":
         os._exit(17)
     raise JobError(f"noop: unknown way to fail '{how}'")

@@ -11,11 +11,17 @@ from kvlab.platform.jobs.kind import Kind, Settings, Surroundings
 
 
 class NoopSettings(Settings):
-    """`sleep` seconds, log `points`, then return, or `fail` in the way that is named."""
+    """Log `points` over `sleep` seconds, checkpoint, and return, or `fail` as named.
+
+    `checkpoints` counts the points between two of them (0: none); `fail_at` is the number of points
+    after which it fails (null: all).
+    """
 
     sleep: float = Field(default=0.0, ge=0)
     points: int = Field(default=0, ge=0)
-    fail: Literal["nan", "oom", "error", "crash"] | None = None
+    checkpoints: int = Field(default=0, ge=0)
+    fail: Literal["nan", "oom", "user", "disk", "exit"] | None = None
+    fail_at: int | None = Field(default=None, ge=0)
 
 
 class Noop(Kind):
