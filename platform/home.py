@@ -35,6 +35,11 @@ class Home:
         own = f"sqlite:///{quote(str(folder), safe='/ ')}/kvlab.db"
         return cls(folder, url or os.environ.get("KVLAB_DATABASE") or own)
 
+    @property
+    def tracking_uri(self) -> str:
+        """Where MLflow keeps its mirror: $MLFLOW_TRACKING_URI, else mlflow.db in the folder."""
+        return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.root}/mlflow.db"
+
     def create(self) -> None:
         """Make the folders. Raises KvlabError when the place cannot be written."""
         try:

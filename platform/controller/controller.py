@@ -26,7 +26,9 @@ from kvlab.platform.controller.lease import Heartbeat, claim
 from kvlab.platform.controller.ledger import Ledger
 from kvlab.platform.controller.pool import Pool
 from kvlab.platform.controller.schedule import Schedule
+from kvlab.platform.controller.slots import check_fit
 from kvlab.platform.controller.snapshot import RunningJob, Snapshot
+from kvlab.platform.graph import Resources
 from kvlab.platform.home import Home
 from kvlab.platform.record import fault
 from kvlab.platform.record.feed import Feed, MakeMirror
@@ -146,6 +148,8 @@ class Controller:
         """Rebuild from SQL: get jobs under way, take over what ran, reuse what is finished."""
         now = time.time()
         rows = self._jobs.rows.values()
+        unfinished = (row for row in rows if row.state is not JobState.DONE)
+        check_fit(((row.name, Resources(**row.resources)) for row in unfinished), self._slots)
         moves = self._schedule.begin({row.id: (row.state, row.attempt) for row in rows})
         attempts.moved(moves)
         open_jobs = [row.id for row in rows if self._schedule.state(row.id) is not JobState.DONE]

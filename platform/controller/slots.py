@@ -7,10 +7,11 @@ so a warm pool is the set of idle slots.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from kvlab import KvlabError
 from kvlab.platform.controller.schedule import Schedule
 from kvlab.platform.graph import Resources
 
@@ -93,6 +94,14 @@ class Slots:
     def could_fit(self, shape: Resources) -> bool:
         """Whether all nodes, empty, hold the shape."""
         return self._place(shape, dict(self._total)) is not None
+
+    def describe(self) -> str:
+        """Say what the nodes have."""
+        rooms = sorted(self._total.values(), key=lambda room: (room.gpus, room.cpus))
+        if not rooms:
+            return "no node"
+        each = f"{rooms[-1].cpus:g} CPUs, {rooms[-1].gpus:g} GPUs"
+        return f"a node of {each}" if len(rooms) == 1 else f"{len(rooms)} nodes, at best of {each}"
 
     def decide(self, schedule: Schedule) -> Decision:
         """Match ready jobs with slots. A job that does not fit yet never holds up one that does."""
@@ -210,6 +219,27 @@ class Slots:
             if self._place(shape, dict(free)) is not None:
                 return victims
         return None
+
+
+def check_fit(wanted: Iterable[tuple[str, Resources]], slots: Slots) -> None:
+    """Raise a KvlabError for the first job (name, shape) that all nodes, empty, do not hold."""
+    known: set[Resources] = set()
+    for name, shape in wanted:
+        if shape not in known and not slots.could_fit(shape):
+            raise KvlabError(
+                f"job '{name}' asks for {_asked(shape)}, and there is {slots.describe()}: "
+                "lower its `resources`, or take a larger machine or cluster"
+            )
+        known.add(shape)
+
+
+def _asked(shape: Resources) -> str:
+    each = f"{shape.cpus} CPUs"
+    if shape.gpus:
+        each += f", {shape.gpus} GPUs"
+    if shape.memory:
+        each += f", {shape.memory / 2**30:.1f} GiB of memory"
+    return f"{shape.workers} workers of {each} each" if shape.workers > 1 else each
 
 
 def node_room(resources: Mapping[str, float]) -> Room:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
+from ray.exceptions import RayTaskError
 
 from kvlab.db.batches import Batch
 from kvlab.db.rows import Workflow
@@ -135,11 +136,12 @@ class Feed:
                 mirror = mirror or self._make()
                 marks = self._send(mirror, workflow, jobs)
             except Exception as error:  # whatever MLflow or its actor may raise: it is a mirror
+                if not isinstance(error, RayTaskError):
+                    mirror = _end(mirror)
                 with self._changed:
                     self._pending |= self._sending
                     self._workflow_pending |= told
                     self._error = " ".join(str(error).split())[:200]
-                mirror = None
                 pause = min(2 * pause, RETRY_SECONDS)
             else:
                 pause = EVERY_SECONDS
@@ -207,6 +209,12 @@ class Feed:
         for name in ("name", "job", "kind", "identity", "axes", "spec"):
             message[name] = getattr(row, name)
         return cast(JobMessage, message)
+
+
+def _end(mirror: Any) -> None:
+    """Kill an actor that is dead or hangs."""
+    if mirror is not None:
+        ray.kill(mirror)
 
 
 def _call(mirror: Any, message: Message) -> None:

@@ -1,0 +1,45 @@
+"""What `run` and `resume` share: drive a workflow, show it, print its comparison."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from kvlab import KvlabError
+from kvlab.db.states import JobState
+from kvlab.platform.cli import live
+
+if TYPE_CHECKING:
+    from kvlab.platform.graph import Graph
+    from kvlab.platform.home import Home
+
+
+def go(
+    home: Home,
+    workflow: Graph | int,
+    address: str | None,
+    detach: bool,
+    cpus: int | None,
+    mlflow: bool,
+    html: Path,
+    as_json: bool,
+) -> None:
+    """Run to the end, print, and exit with the code that says how it went."""
+    console = Console(stderr=as_json)
+    watch = partial(live.watching, console=console, quiet=as_json)
+    if address is None:
+        if detach:
+            raise KvlabError("--detach needs --address: a local run ends with its command")
+        from kvlab.platform.controller.launch import run_local
+
+        outcome = run_local(home, workflow, watch, cpus=cpus, mlflow=mlflow)
+    else:
+        raise NotImplementedError
+    if outcome.counts.get(JobState.DONE) and not as_json:
+        from kvlab.platform.compare import show
+
+        show(home, outcome.workflow, console, html=html)
+    live.finish(home, outcome, console, as_json)
