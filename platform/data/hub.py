@@ -33,7 +33,7 @@ def _rows(name: str, split: str, source: Mapping[str, Any]) -> Iterator[dict[str
     config, revision = source.get("config"), source.get("revision")
     try:
         yield from load_dataset(name, config, split=split, revision=revision, streaming=True)
-    except (DatasetsError, OSError, ValueError) as error:
+    except (DatasetsError, OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             f"data set {name} (config {config or 'default'}, split {split}): {reason:.200}; "

@@ -56,6 +56,15 @@ def test_a_killed_run_ends_in_the_same_bits(data, train_spec, block, tmp_path, k
     assert {key: points[key] for key in timeless} == {key: once.points[key] for key in timeless}
 
 
+def test_steps_after_the_newest_checkpoint_are_done_again(data, train_spec, tmp_path):
+    spec, given = train_spec(checkpoint_every=5), {"data": data}
+    run_cell("train", spec, given, tmp_path / "once", checkpoints=tmp_path / "kept")
+    again = LocalContext(folder=tmp_path, inputs=given, checkpoints=tmp_path / "kept")
+    run(spec, again)
+    assert {step for _, step in again.points} == {12}
+    assert same(weights(tmp_path / "once"), weights(tmp_path))
+
+
 def test_checkpoints_hold_no_pickle_and_only_the_newest_is_kept(data, train_spec, tmp_path):
     spec = train_spec(checkpoint_every=5)
     run_cell("train", spec, {"data": data}, tmp_path / "out", checkpoints=tmp_path / "kept")
