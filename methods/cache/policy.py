@@ -11,9 +11,10 @@ from kvlab.kernels.attention import Rule
 class Policy(ABC):
     """Decides which rows each layer of a `SlotCache` keeps.
 
-    An eviction value names it as its implementation. It is made as `cls(params)`, one instance per cache, and never sees a tensor: what stays depends
-    on the number of a row alone. Rows are numbered from 0 with left padding counted, so a number
-    means the same for all samples, and a decode step needs no word from the device.
+    An eviction value names it as its implementation; it is made as `cls(params)`, one instance per
+    cache, and never sees a tensor: what stays depends on the number of a row alone. Rows are
+    numbered from 0 with left padding counted, so a number means the same for all samples, and a
+    decode step needs no word from the device.
 
     A policy whose choice depends on content (attention mass, a learned score), differs between
     samples or KV heads, or adds query rows, is a `Cache` of its own behind the same seam.

@@ -75,6 +75,8 @@ class DecoderConfig:
             )
         if self.windows is not None and len(self.windows) != self.layers:
             raise ConfigError(f"windows: needs one entry per layer ({self.layers})")
+        if any(window is not None and window < 1 for window in self.windows or ()):
+            raise ConfigError(f"windows: must be at least 1, found {self.windows}")
 
     @property
     def rotary_dim(self) -> int:

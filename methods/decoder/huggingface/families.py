@@ -1,0 +1,9 @@
+"""The architectures that are read and written."""
+
+from __future__ import annotations
+
+from kvlab.methods.decoder.huggingface import gpt_neox, llama
+from kvlab.methods.decoder.huggingface.family import Family
+
+FAMILIES: tuple[Family, ...] = llama.FAMILIES + gpt_neox.FAMILIES
+"""In the order in which an export tries them."""
