@@ -13,9 +13,7 @@ from kvlab.platform.cli.run import Address, Cpus, Detach, Json, Mlflow, Report
 def command(
     workflow: Annotated[
         str | None,
-        typer.Argument(
-            help="Name (its newest run) or number; default: the newest.", show_default=False
-        ),
+        typer.Argument(help="Name (its newest run) or number; without: the newest."),
     ] = None,
     address: Address = None,
     detach: Detach = False,

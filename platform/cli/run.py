@@ -15,9 +15,7 @@ Report = Annotated[Path, typer.Option("--html", metavar="FILE", help="Where the 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON at the end, and nothing before.")]
 Address = Annotated[
     str | None,
-    typer.Option(
-        "--address", help="A running Ray cluster's address; default: Ray on this machine."
-    ),
+    typer.Option("--address", help="A running Ray cluster; default: Ray on this machine alone."),
 ]
 Detach = Annotated[
     bool, typer.Option("--detach", help="Return at once; the workflow goes on on the cluster.")

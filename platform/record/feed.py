@@ -137,7 +137,8 @@ class Feed:
                 marks = self._send(mirror, workflow, jobs)
             except Exception as error:  # whatever MLflow or its actor may raise: it is a mirror
                 if not isinstance(error, RayTaskError):
-                    mirror = _end(mirror)
+                    _end(mirror)
+                    mirror = None
                 with self._changed:
                     self._pending |= self._sending
                     self._workflow_pending |= told
