@@ -15,13 +15,10 @@ from kvlab.platform.compare.labels import (
     method_text,
     varying_parameters,
 )
-from kvlab.platform.compare.metrics import Place
 from kvlab.platform.compare.samples import READERS, Key, Reading, Sample
 
 OF = "of"
 """The role in which a measuring job names the model it measures."""
-
-PLACES: Mapping[str, Place] = {"evaluate": "quality", "benchmark": "speed"}
 
 
 @dataclass(slots=True)
@@ -35,31 +32,32 @@ class Draft:
     apply: str
     models: dict[str, JobRow] = field(default_factory=dict)
     measurements: list[JobRow] = field(default_factory=list)
-    readings: list[tuple[str, Reading]] = field(default_factory=list)
+    readings: list[tuple[JobRow, Reading]] = field(default_factory=list)
     samples: dict[Key, dict[str, Sample]] = field(default_factory=dict)
     curves: dict[tuple[Any, ...], list[tuple[float | None, ...]]] = field(default_factory=dict)
     costs: list[tuple[float, float, float, float]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     from_checkpoint: bool = False
 
-    def expected(self, place: Place) -> set[str]:
-        """Seeds that were to give a number of this place."""
-        if place == "training":
-            return set(self.models)
-        return {_seed(row) for row in self.measurements if PLACES.get(row.kind) == place}
+    def makers(self, jobs: frozenset[str] | None) -> list[JobRow]:
+        """The rows that were to give a number: measurements by these YAML jobs, or the models."""
+        if jobs is None:
+            return list(self.models.values())
+        return [row for row in self.measurements if row.job in jobs]
 
-    def missing(self, place: Place) -> str:
-        """Why there is no number of this place."""
-        rows = (
-            list(self.models.values())
-            if place == "training"
-            else [row for row in self.measurements if PLACES.get(row.kind) == place]
-        )
-        states = [row.state for row in rows if row.state is not JobState.DONE]
-        for state in (JobState.FAILED, JobState.SKIPPED, JobState.CANCELLED, JobState.RUNNING):
-            if state in states:
-                return state.value
-        return "waiting" if states else "not measured"
+
+def missing(rows: Sequence[JobRow]) -> str:
+    """Say in a word why rows gave no number."""
+    states = [row.state for row in rows if row.state is not JobState.DONE]
+    for state in (JobState.FAILED, JobState.SKIPPED, JobState.CANCELLED, JobState.RUNNING):
+        if state in states:
+            return state.value
+    return "waiting" if states else "not measured"
+
+
+def seed_of(row: JobRow) -> str:
+    """The seed of a row as a key; rows without seeds are one seed."""
+    return str(row.axes.get("seed", 0))
 
 
 def gather(jobs: Sequence[JobRow]) -> list[Draft]:
@@ -71,7 +69,7 @@ def gather(jobs: Sequence[JobRow]) -> list[Draft]:
 
     for row, model in measured:
         draft = _draft(drafts, names, model, row.spec.get("apply") or {})
-        draft.models.setdefault(_seed(model), model)
+        draft.models.setdefault(seed_of(model), model)
         draft.measurements.append(row)
         reader = READERS.get(row.kind)
         if row.state is JobState.DONE and row.result is not None and reader is not None:
@@ -80,7 +78,7 @@ def gather(jobs: Sequence[JobRow]) -> list[Draft]:
     for row in jobs:
         if _makes_model(row) and row.name not in used and not _is_ancestor(row, jobs):
             draft = _draft(drafts, names, row, {})
-            draft.models.setdefault(_seed(row), row)
+            draft.models.setdefault(seed_of(row), row)
     order = {row.name: index for index, row in enumerate(jobs)}
     for draft in drafts.values():
         _train(draft, by_name)
@@ -116,10 +114,10 @@ def _names(
 
 
 def _take(draft: Draft, row: JobRow, reading: Reading) -> None:
-    draft.readings.append((row.job, reading))
+    draft.readings.append((row, reading))
     for key, sample in reading.samples.items():
         # A second job that measures the same thing of the same seed adds no evidence: first wins.
-        draft.samples.setdefault(key, {}).setdefault(_seed(row), sample)
+        draft.samples.setdefault(key, {}).setdefault(seed_of(row), sample)
     if reading.loss_by_position:
         draft.curves.setdefault(reading.setting, []).append(reading.loss_by_position)
 
@@ -192,7 +190,3 @@ def _makes_model(row: JobRow) -> bool:
 
 def _is_ancestor(row: JobRow, jobs: Sequence[JobRow]) -> bool:
     return any(row.name in other.parents.values() for other in jobs)
-
-
-def _seed(row: JobRow) -> str:
-    return str(row.axes.get("seed", 0))

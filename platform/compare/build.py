@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from kvlab.db.rows import JobRow, Workflow
 from kvlab.db.states import JobState
-from kvlab.platform.compare.arms import Draft, gather
+from kvlab.platform.compare.arms import Draft, gather, missing, seed_of
 from kvlab.platform.compare.columns import Layout, lay_out
 from kvlab.platform.compare.differences import change, log_ratio, verdict
 from kvlab.platform.compare.metrics import METRICS, Metric
@@ -74,10 +74,10 @@ def _arm(draft: Draft, other: Draft | None, is_baseline: bool, layout: Layout) -
 
 def _number(column: Column, draft: Draft, other: Draft | None, layout: Layout) -> Number:
     samples = draft.samples.get(layout.key(column), {})
-    place = METRICS[column.metric].place
-    expected = len(draft.expected(place))
+    makers = draft.makers(layout.jobs[column.setting] if column.setting else None)
+    expected = len({seed_of(row) for row in makers})
     if not samples:
-        return Number(None, expected=expected, missing=draft.missing(place))
+        return Number(None, expected=expected, missing=missing(makers))
     standing = {seed: sample for seed, sample in samples.items() if sample.void is None}
     reasons = sorted({sample.void for sample in samples.values() if sample.void})
     shown = standing or samples

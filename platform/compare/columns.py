@@ -29,11 +29,15 @@ MAIN = (
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The settings and columns of a comparison; `keys`: setting id -> what its samples carry."""
+    """The settings and columns of a comparison.
+
+    `keys`: setting id -> what its samples carry; `jobs`: setting id -> the YAML jobs behind it.
+    """
 
     settings: tuple[Setting, ...]
     columns: tuple[Column, ...]
     keys: Mapping[str, tuple[Any, ...]]
+    jobs: Mapping[str, frozenset[str]]
     notes: tuple[str, ...]
 
     def key(self, column: Column) -> Key:
@@ -47,10 +51,10 @@ def lay_out(drafts: Sequence[Draft]) -> Layout:
     The headline setting is the one most arms were measured in, the first of several; the headline
     batch is the largest that all arms measured there have in common.
     """
+    taken = sorted((found for draft in drafts for found in draft.readings), key=lambda f: f[0].id)
     readings: dict[tuple[Any, ...], list[tuple[str, Reading]]] = {}
-    for draft in drafts:
-        for job, reading in draft.readings:
-            readings.setdefault(reading.setting, []).append((job, reading))
+    for row, reading in taken:
+        readings.setdefault(reading.setting, []).append((row.job, reading))
     settings, keys = _settings(readings)
     heads = {
         place: max(
@@ -74,7 +78,8 @@ def lay_out(drafts: Sequence[Draft]) -> Layout:
                     metric.key, setting, keys[setting.id], drafts, setting is heads[setting.place]
                 )
             )
-    return Layout(tuple(settings), tuple(columns), keys, tuple(_notes(settings)))
+    jobs = {name: frozenset(job for job, _ in readings[key]) for name, key in keys.items()}
+    return Layout(tuple(settings), tuple(columns), keys, jobs, tuple(_notes(settings)))
 
 
 def _columns(

@@ -16,6 +16,7 @@ from kvlab.platform.compare.formats import (
 from kvlab.platform.compare.metrics import METRICS
 from kvlab.platform.compare.model import Arm, Column, Comparison, Number, Setting
 
+NO_BREAK = "\N{NO-BREAK SPACE}"
 Tone = Literal["plain", "better", "worse", "faint", "void", "name"]
 
 
@@ -160,7 +161,12 @@ def _cell(arm: Arm, column: Column, predicted: Column | None) -> Cell:
     if predicted is not None and column.metric == "kv_bytes_per_token":
         other = arm.number(predicted.id)
         if other.value is not None:
-            lines.append(Line(f"predicted {value_text(predicted.kind, other.value)}", "faint"))
+            lines.append(
+                Line(
+                    f"predicted {value_text(predicted.kind, other.value)}".replace(" ", NO_BREAK),
+                    "faint",
+                )
+            )
     return Cell(tuple(lines), _hint(arm, column, number))
 
 

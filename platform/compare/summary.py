@@ -116,10 +116,10 @@ def _worth(comparison: Comparison, columns: Sequence[Column]) -> list[str]:
 
 def _front(comparison: Comparison) -> list[str]:
     front = comparison.front
-    if front is None or len(front.members) + len(front.dominated) < 2:
+    if front is None:
         return []
     sentences = []
-    if not front.dominated:
+    if len(front.members) > 1 and not front.dominated:
         sentences.append("No arm beats another on everything: which is best depends on the trade.")
     for loser, winners in front.dominated.items():
         sentences.append(f"{loser} is beaten by {' and '.join(winners)}.")

@@ -33,31 +33,38 @@ def plot(comparison: Comparison, colour: Mapping[str, str]) -> Iterator[Chart]:
         if len(shown) < 2:
             continue
         crowded = len(shown) > MOST_LABELS
+        across, up = measure_axis(x, shown), measure_axis(y, shown)
+        middle = sum(across["range"]) / 2
         yield Chart(
             f"pareto-{number}",
             f"{short(y)} against {short(x)}",
             TEXT,
             [
-                _mark(arm, x, y, colour[arm.id], arm.id in comparison.front.members, crowded)
+                _mark(arm, x, y, colour[arm.id], arm.id in comparison.front.members)
+                | {
+                    "mode": "markers" if crowded else "markers+text",
+                    # Beside the error bar, and away from the nearer edge.
+                    "textposition": "top right"
+                    if (arm.number(x.id).value or 0.0) < middle
+                    else "top left",
+                }
                 for arm in shown
             ],
-            layout(measure_axis(x, shown), measure_axis(y, shown), legend=crowded),
+            layout(across, up, legend=crowded),
         )
 
 
-def _mark(arm: Arm, x: Column, y: Column, colour: str, on_front: bool, crowded: bool) -> Figure:
+def _mark(arm: Arm, x: Column, y: Column, colour: str, on_front: bool) -> Figure:
     across, up = arm.number(x.id), arm.number(y.id)
     symbol = "square" if arm.baseline else "circle"
     return {
         "type": "scatter",
-        "mode": "markers" if crowded else "markers+text",
         "name": safe(arm.id),
         "x": [across.value],
         "y": [up.value],
         "error_x": bars([across], colour),
         "error_y": bars([up], colour),
         "text": [safe(arm.id)],
-        "textposition": "top center",
         "textfont": {"color": colour, "size": 12},
         "cliponaxis": False,
         "marker": {

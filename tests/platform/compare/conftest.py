@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -255,22 +254,10 @@ class Lab:
         with Store.open(f"sqlite:///{self.home / 'kvlab.db'}", read_only=True) as store:
             return store.load(wid)
 
-    def rename(self, old: str, new: str) -> None:
-        """Give a cell a name that tries to break things."""
-        self.jobs = [
-            replace(
-                row,
-                name=new if row.name == old else row.name,
-                parents={role: new if of == old else of for role, of in row.parents.items()},
-            )
-            for row in self.jobs
-        ]
-        self.outcomes[new] = self.outcomes.pop(old)
 
-
-BLOCK: Callable[[int], dict[str, Any]] = lambda length: {  # noqa: E731
-    "granularity": {"block_transformer": {"block_length": length}}
-}
+def block(length: int) -> dict[str, Any]:
+    """The canonical method of a Block Transformer."""
+    return {"granularity": {"block_transformer": {"block_length": length}}}
 
 
 @pytest.fixture
@@ -282,19 +269,30 @@ def lab(tmp_path: Path) -> Lab:
 @pytest.fixture
 def quickstart(lab: Lab) -> Lab:
     """Full attention against two block lengths over three seeds, as the shipped quickstart."""
+    return fill(lab)
+
+
+@pytest.fixture(scope="session")
+def make_quickstart() -> Callable[[Path], Lab]:
+    """The same in a folder of the caller's choice."""
+    return lambda home: fill(Lab(home))
+
+
+def fill(lab: Lab) -> Lab:
+    """Add the quickstart's jobs."""
     for seed in (0, 1, 2):
         base = lab.train("base", seed)
         lab.evaluate(base, 3.50 + 0.01 * seed, noise=0.01, by_position=True)
         lab.benchmark(base, 100 + seed)
         for length, loss, speed in ((2, 3.56, 170), (4, 3.75, 260)):
-            block = lab.train(
+            model = lab.train(
                 "block",
                 seed,
                 axes={"block_length": length},
-                method=BLOCK(length),
+                method=block(length),
                 start=base,
                 seconds=15.0,
             )
-            lab.evaluate(block, loss + 0.01 * seed, noise=0.01, by_position=True)
-            lab.benchmark(block, speed + seed, kv=4096.0 / length)
+            lab.evaluate(model, loss + 0.01 * seed, noise=0.01, by_position=True)
+            lab.benchmark(model, speed + seed, kv=4096.0 / length)
     return lab
