@@ -65,7 +65,7 @@ def load_config(folder: Path | str) -> DecoderConfig:
     folder = Path(folder)
     if (folder / DESCRIPTION).exists():
         return _described(folder / DESCRIPTION)[0]
-    from kvlab.methods.decoder.huggingface.reader import read_config
+    from kvlab.methods.decoder.huggingface.description import read_config
 
     return read_config(folder)
 

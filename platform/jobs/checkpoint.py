@@ -49,13 +49,12 @@ def trained_method(folder: Path) -> dict[str, Any]:
 
 
 def _foreign(folder: Path) -> DecoderConfig:
-    from kvlab.methods.decoder import huggingface
+    from kvlab.methods.decoder.huggingface.description import read_config as read_theirs
 
     try:
-        config: DecoderConfig = huggingface.read_config(_json(folder / THEIRS))
+        return read_theirs(folder)
     except KvlabError as error:
-        raise CheckpointError(f"checkpoint: {folder / THEIRS}: {error}") from None
-    return config
+        raise CheckpointError(f"checkpoint: {error}") from None
 
 
 def _config(path: Path, raw: dict[str, Any]) -> DecoderConfig:

@@ -11,25 +11,15 @@ import torch
 from torch import Tensor
 
 from kvlab.methods.axis import resolve
-from kvlab.methods.decoder.config import ConfigError, DecoderConfig
-from kvlab.methods.decoder.huggingface.families import FAMILIES
-from kvlab.methods.decoder.huggingface.family import Family, Names
-from kvlab.methods.decoder.huggingface.settings import CheckpointError, Settings
+from kvlab.methods.decoder.config import DecoderConfig
+from kvlab.methods.decoder.huggingface.description import read_description
+from kvlab.methods.decoder.huggingface.family import Names
+from kvlab.methods.decoder.huggingface.settings import CheckpointError
 from kvlab.methods.decoder.language_model import TokenModel
 from kvlab.methods.weights import fill, read_tensors, without_weights
 
-CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-
-
-def read_config(folder: Path) -> DecoderConfig:
-    """Read a folder's config.json.
-
-    Raises:
-        CheckpointError: another architecture, or a setting that is not supported, by name.
-    """
-    return _read_config(folder)[1]
 
 
 def read_checkpoint(folder: Path) -> TokenModel:
@@ -40,7 +30,7 @@ def read_checkpoint(folder: Path) -> TokenModel:
     Raises:
         CheckpointError, WeightsError: naming the file and what is wrong with it.
     """
-    family, config = _read_config(folder)
+    family, config = read_description(folder)
     theirs = _Tensors(folder, family.ignored)
     ours = {f"decoder.{n.ours}": theirs.take(n, config) for n in family.names(config)}
     if config.tie_embeddings:
@@ -51,21 +41,6 @@ def read_checkpoint(folder: Path) -> TokenModel:
     model = without_weights(lambda: TokenModel(config, resolve("full_attention")))
     fill(model, ours, folder)
     return model
-
-
-def _read_config(folder: Path) -> tuple[Family, DecoderConfig]:
-    settings = Settings.read(folder / CONFIG)
-    named = settings.take("architectures", list, [])
-    kind = settings.take("model_type", str, "")
-    for family in FAMILIES:
-        if family.architecture in named or (not named and family.model_type == kind):
-            try:
-                return family, family.read(settings)
-            except ConfigError as error:
-                raise CheckpointError(f"{settings.where}: {error}") from error
-    found = ", ".join(map(str, named)) or kind or "none"
-    known = ", ".join(f.architecture for f in FAMILIES)
-    raise CheckpointError(f"{settings.where}: architecture {found} is not supported; {known} are")
 
 
 class _Tensors:

@@ -8,9 +8,10 @@ from pathlib import Path
 from torch import Tensor
 
 from kvlab.methods.decoder.config import DecoderConfig
+from kvlab.methods.decoder.huggingface.description import CONFIG
 from kvlab.methods.decoder.huggingface.families import FAMILIES
 from kvlab.methods.decoder.huggingface.family import Family
-from kvlab.methods.decoder.huggingface.reader import CONFIG, WEIGHTS, by_head
+from kvlab.methods.decoder.huggingface.reader import WEIGHTS, by_head
 from kvlab.methods.decoder.huggingface.settings import CheckpointError, Settings
 from kvlab.methods.decoder.language_model import TokenModel
 from kvlab.methods.model import LanguageModel
