@@ -1,0 +1,69 @@
+"""One controller a workflow: a live owner is respected, a dead one is not waited for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from kvlab.db.errors import Held, LeaseLost
+from kvlab.db.store import Store
+from kvlab.platform.controller.inbox import Asked, Inbox, LeaseOver
+from kvlab.platform.controller.lease import Heartbeat, claim, owner
+
+
+@pytest.fixture
+def store(tmp_path):
+    with Store.open(f"sqlite:///{tmp_path}/kvlab.db") as opened:
+        yield opened
+
+
+@pytest.fixture
+def workflow(store):
+    return store.create_workflow("w", "", {}, [], 0.0)
+
+
+def test_a_live_owner_is_not_pushed_aside(store, workflow):
+    claim(store, workflow)
+    with pytest.raises(Held, match="is being run by"):
+        claim(store, workflow)
+
+
+def test_a_dead_owner_is_not_waited_for(store, workflow):
+    code = "from kvlab.platform.controller.lease import owner; print(owner())"
+    dead = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    old = store.claim(workflow, dead.stdout.strip(), 3600.0, time.time())
+    began = time.monotonic()
+    new = claim(store, workflow)
+    assert time.monotonic() - began < 5.0
+    with pytest.raises(LeaseLost), store.batch(old, time.time()):
+        pass
+    assert new.owner == owner()
+
+
+def test_a_pid_used_again_is_another_process(store, workflow):
+    host, pid, _ = owner().rsplit(":", 2)
+    store.claim(workflow, f"{host}:{pid}:1", 3600.0, time.time())
+    assert claim(store, workflow).owner == owner()
+
+
+def test_a_stranger_is_waited_for(store, workflow):
+    store.claim(workflow, "another-host:1:2", 0.3, time.time())
+    assert claim(store, workflow).owner == owner()
+
+
+def test_the_heartbeat_hears_requests_and_the_loss(store, workflow):
+    inbox = Inbox()
+    lease = claim(store, workflow)
+    beat = Heartbeat(store, lease, inbox)
+    try:
+        store.request(workflow, "cancel")
+        assert inbox.get(10.0) == [Asked("cancel")]
+        store.claim(workflow, "thief", 60.0, time.time() + 3600.0)
+        (message,) = inbox.get(10.0)
+        assert isinstance(message, LeaseOver)
+        assert isinstance(message.error, LeaseLost)
+    finally:
+        beat.close()
