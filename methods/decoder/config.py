@@ -137,8 +137,8 @@ def gpt_neox(width: int, layers: int, heads: int) -> dict[str, Any]:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "nano": llama(128, 4, 4, 4, 352, tie_embeddings=True),
-    "micro": llama(256, 6, 8, 8, 704, tie_embeddings=True),
+    "nano": llama(128, 4, 4, 4, 352, tie_embeddings=True, init_std=0.08),
+    "micro": llama(256, 6, 8, 8, 704, tie_embeddings=True, init_std=0.06),
     "mini": llama(512, 8, 8, 8, 1408),
     "pythia-5m": gpt_neox(256, 6, 8),
     "pythia-19m": gpt_neox(512, 6, 8),
