@@ -38,7 +38,9 @@ class Home:
     @property
     def tracking_uri(self) -> str:
         """Where MLflow keeps its mirror: $MLFLOW_TRACKING_URI, else mlflow.db in the folder."""
-        return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.root}/mlflow.db"
+        # Only what SQLAlchemy would misread: MLflow makes the folder of the text as it stands.
+        folder = str(self.root).replace("%", "%25").replace("?", "%3F")
+        return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder}/mlflow.db"
 
     def create(self) -> None:
         """Make the folders. Raises KvlabError when the place cannot be written."""
