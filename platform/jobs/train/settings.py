@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from kvlab.methods.axis import Method
 from kvlab.methods.decoder.config import DecoderConfig
+from kvlab.platform.jobs.checkpoint import trained_method
 from kvlab.platform.jobs.field import nested
 from kvlab.platform.jobs.kind import Kind, Parent, Prediction, Settings, Surroundings
-from kvlab.platform.jobs.method import MethodField, axis_sources, canonical, compatible
+from kvlab.platform.jobs.method import MethodField, axis_sources, canonical, compatible, uptrained
 from kvlab.platform.jobs.model import ModelError, ModelSettings, config_of, method_of, resolve_model
 from kvlab.platform.jobs.quantities import Count
 
@@ -67,15 +69,25 @@ class Train(Kind):
 
     def resolve(self, settings: Settings, around: Surroundings) -> dict[str, Any]:
         assert isinstance(settings, TrainSettings)
-        return {"model": _model(settings, around), **optimization_spec(settings, around)}
+        model = _model(settings, around)
+        return {
+            "model": model,
+            **optimization_spec(settings, around),
+            "method": canonical(_method(settings, model)),
+        }
 
     def check(self, settings: Settings, around: Surroundings) -> Iterable[tuple[str, str]]:
         assert isinstance(settings, TrainSettings)
         model = _model(settings, around)
         if settings.tokens == 0 and "checkpoint" not in model:
             yield "tokens", "must be at least 1 for a model with fresh weights"
+        method = _method(settings, model)
+        before = trained_method(Path(model["checkpoint"])) if "checkpoint" in model else {}
+        if before and before != canonical(method):
+            named = ", ".join(name for choice in before.values() for name in choice)
+            yield "method", f"the checkpoint was trained with {named}: write that method"
         length = settings.sequence_length or around.data["sequence_length"]
-        yield from optimization_problems(settings.method, config_of(model), length)
+        yield from optimization_problems(method, config_of(model), length)
 
     def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
         return (
@@ -100,6 +112,11 @@ def _model(settings: TrainSettings, around: Surroundings) -> Mapping[str, Any]:
     if not around.model:
         raise ModelError("needs a model: write `model:` in the workflow or in this job")
     return around.model
+
+
+def _method(settings: TrainSettings, model: Mapping[str, Any]) -> Method:
+    """The method as the model has it: a checkpoint is converted to it."""
+    return uptrained(settings.method) if "checkpoint" in model else settings.method
 
 
 def optimization_spec(settings: Optimization, around: Surroundings) -> dict[str, Any]:
