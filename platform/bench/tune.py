@@ -43,5 +43,5 @@ def trial_rate(trials: int, concurrency: int) -> tuple[float, int]:
             run_config=RunConfig(storage_path=folder, callbacks=[], verbose=0),
         )
         results = tuner.fit()
-        times = [results[i].metrics["at"] for i in range(len(results))]
+        times = [(results[i].metrics or {})["at"] for i in range(len(results))]
     return (trials - 1) / (max(times) - min(times)), len(results) - results.num_errors

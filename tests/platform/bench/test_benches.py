@@ -8,9 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvlab.db.store import Store
 from kvlab.platform.bench import __main__ as command
-from kvlab.platform.bench import dispatch, kv_bytes, metrics, training
+from kvlab.platform.bench import decode, dispatch, jobs, kv_bytes, metrics, training
 from kvlab.platform.bench.line import Line
+from kvlab.platform.controller.jobs import new_job
+from kvlab.platform.controller.local import local_ray
+from kvlab.platform.home import Home
+from kvlab.platform.spec.read import load_graph
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +29,11 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "LENGTH", 16)
     monkeypatch.setattr(training, "WARMUP", 1)
     monkeypatch.setattr(training, "REPEATS", 2)
+    monkeypatch.setattr(jobs, "JOBS", 6)
+    monkeypatch.setattr(jobs, "REPEATS", 1)
+    monkeypatch.setattr(decode, "SHAPES", ((8, 9),))
+    monkeypatch.setattr(decode, "KV_BUDGET", 2**20)
+    monkeypatch.setattr(decode, "REPEATS", 1)
     monkeypatch.setattr(kv_bytes, "METHODS", kv_bytes.METHODS[1::2])
     monkeypatch.setattr(kv_bytes, "BATCH", 2)
     monkeypatch.setattr(kv_bytes, "PROMPT", 140)
@@ -52,6 +62,31 @@ def test_training_is_void_when_the_losses_part(monkeypatch: pytest.MonkeyPatch) 
 
 def test_kv_bytes_of_every_cache_are_within_the_tolerance() -> None:
     assert all(line.met for line in kv_bytes.run())
+
+
+def test_decode_compares_equal_bodies_within_one_budget() -> None:
+    lines = decode.run()
+    assert sound(lines)
+    for line in lines:
+        assert line.detail is not None
+        blocks, tokens = line.detail["blocks"], line.detail["tokens"]
+        assert blocks["batch"] > tokens["batch"]
+        assert max(blocks["kv_bytes"], tokens["kv_bytes"]) <= decode.KV_BUDGET
+
+
+@pytest.mark.ray
+def test_jobs_are_all_told_of_in_the_store(tmp_path: Path) -> None:
+    home = Home.find(tmp_path)
+    with local_ray(1):
+        rates, missing = jobs.job_rates(home)
+    assert len(rates) == 1
+    assert rates[0] > 0
+    assert missing == 0
+    with Store.open(home.url) as store:
+        graph = load_graph(jobs.WORKFLOW.format(seeds="7, 8"))
+        stored = [new_job(cell) for cell in graph.cells]
+        never_run = store.create_workflow("idle", "", {}, stored, 0.0)
+        assert jobs.ended(store, never_run) == 0
 
 
 def test_a_bench_runs_apart_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
