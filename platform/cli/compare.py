@@ -9,14 +9,17 @@ import typer
 
 
 def command(
-    workflow: Annotated[str, typer.Argument(help="Name (its newest run) or number.")],
+    workflow: Annotated[
+        str | None, typer.Argument(help="Name (its newest run) or number; default: the newest.")
+    ] = None,
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Also write a report.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare the finished jobs of a workflow: table, JSON or HTML."""
-    from kvlab.platform.compare import find, show
+    from kvlab.platform.cli.which import find
+    from kvlab.platform.compare import show
     from kvlab.platform.home import Home
 
     home = Home.find()

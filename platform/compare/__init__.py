@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class CompareError(KvlabError):
-    """Nothing to compare under that name, or nowhere to write the report."""
+    """There is nowhere to write the report."""
 
 
 def show(
@@ -55,37 +55,6 @@ def show(
         if html is not None:
             console.print(f"\nReport: {html}", markup=False, highlight=False, soft_wrap=True)
     return comparison
-
-
-def report_html(home: Home, workflow_id: int) -> str:
-    """Return report.html of a stored workflow as text, for the mirror to keep."""
-    from kvlab.db.store import Store
-    from kvlab.platform.compare.build import compare
-
-    with Store.open(home.url, read_only=True) as store:
-        return report(store, compare(store.load(workflow_id)))
-
-
-def find(home: Home, written: str) -> int:
-    """Return the number of the workflow that `written` means: its number, or its name (newest).
-
-    Raises:
-        CompareError: there is no such workflow; says which there are.
-    """
-    from kvlab.db.store import Store
-
-    with Store.open(home.url, read_only=True) as store:
-        rows = store.workflows()
-        if written.isdecimal() and any(row.id == int(written) for row in rows):
-            return int(written)
-        found = store.latest(written)
-    if found is None:
-        known = ", ".join(dict.fromkeys(f"{row.name} ({row.id})" for row in rows[:10]))
-        raise CompareError(
-            f"no workflow '{written}' in {store.place}: "
-            + (f"there are {known}" if known else "it holds none yet: `kvlab run FILE` makes one")
-        )
-    return found
 
 
 def report(store: Store, comparison: Comparison) -> str:

@@ -7,15 +7,14 @@ process that holds the Mirror, never in the controller.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvlab import KvlabError
 from kvlab.db.states import JobState, WorkflowState
+from kvlab.platform.tracking.address import artifacts_of, shown
 from kvlab.platform.tracking.describe import (
     ENDED,
     STATUS,
@@ -78,10 +77,7 @@ class Mirror:
                 own MLFLOW_HTTP_REQUEST_* variables win where they are set.
         """
         self._uri = tracking_uri
-        self._artifacts = artifacts
-        if artifacts is None and tracking_uri.startswith("sqlite:///"):
-            folder = Path(tracking_uri.removeprefix("sqlite:///")).absolute().parent
-            self._artifacts = (folder / "mlflow-artifacts").as_uri()
+        self._artifacts = artifacts or artifacts_of(tracking_uri)
         for name, value in (
             ("MLFLOW_HTTP_REQUEST_TIMEOUT", timeout),
             ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", retries),
@@ -281,7 +277,7 @@ class Mirror:
             # MLflow lets SQLAlchemy's, requests' and its own errors through; all mean "not taken".
             code = getattr(error, "error_code", "")
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            said = _shown(f"MLflow at {self._uri}"), _shown(first)[:300]
+            said = shown(f"MLflow at {self._uri}"), shown(first)[:300]
             if code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
                 raise MirrorRefused(f"{said[0]} refuses: {said[1]}") from error
             self.close()
@@ -296,8 +292,3 @@ def _by_job(points: Sequence[PointMessage]) -> dict[int, list[PointMessage]]:
     for point in points:
         found.setdefault(point["job_id"], []).append(point)
     return found
-
-
-def _shown(text: str) -> str:
-    """Text without the passwords of addresses in it."""
-    return re.sub(r"://[^/@\s]+@", "://…@", text)

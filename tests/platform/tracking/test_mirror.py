@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 import subprocess
 import sys
@@ -19,20 +18,6 @@ from kvlab.platform.tracking.mirror import Mirror, MirrorRefused, MirrorUnreacha
 
 BLOCK = {"granularity": {"block_transformer": {"block_length": 2}}}
 CONFIG = {"width": 128, "layers": 4, "heads": 4, "kv_heads": 4, "vocab_size": 2048}
-
-
-@pytest.fixture(scope="session")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database with its tables, which take seconds to make."""
-    home = tmp_path_factory.mktemp("mlflow")
-    MlflowClient(tracking_uri=f"sqlite:///{home / 'mlflow.db'}")
-    return home / "mlflow.db"
-
-
-@pytest.fixture
-def uri(prepared: Path, tmp_path: Path) -> str:
-    shutil.copy(prepared, tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path / 'mlflow.db'}"
 
 
 def workflow(state: str = "running", **changes: Any) -> dict[str, Any]:
@@ -295,9 +280,11 @@ def test_importing_and_making_a_mirror_does_not_import_mlflow(tmp_path: Path) ->
     assert done.stdout.strip() == "[]"
 
 
-def test_nothing_is_written_outside_the_home(uri: str, tmp_path: Path) -> None:
+def test_nothing_is_written_where_the_process_stands(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    code = f"from kvlab.platform.tracking.mirror import Mirror; Mirror({uri!r}).send({whole()!r})"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=elsewhere, capture_output=True)
+    monkeypatch.chdir(elsewhere)
+    Mirror(uri).send(whole())
     assert list(elsewhere.iterdir()) == []

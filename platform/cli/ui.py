@@ -1,0 +1,17 @@
+"""`kvlab ui`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def command(
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Where to listen.")] = 5000,
+) -> None:
+    """Open MLflow's user interface on the store, at 127.0.0.1 only. Ctrl-C ends it."""
+    from kvlab.platform.home import Home
+    from kvlab.platform.tracking.ui import serve
+
+    serve(Home.find().tracking_uri, port, lambda line: print(line, flush=True))
