@@ -97,7 +97,9 @@ def parse(text: str, file: str = "workflow") -> Document:
         raise _refused(file, 1, f"is larger than {LARGEST_FILE} characters")
     if (at := text.find("\0")) >= 0:
         raise _refused(file, text.count("\n", 0, at) + 1, "must not hold NUL characters")
+    # YAML 1.1 also breaks lines where no editor does: make those characters count for none.
     builder = _Builder(file)
+    text = text.translate(_NO_BREAKS)
     try:
         for event in yaml.parse(text, Loader=_LOADER):
             builder.take(event)
@@ -111,6 +113,8 @@ def parse(text: str, file: str = "workflow") -> Document:
     return builder.document()
 
 
+_NO_BREAKS = dict.fromkeys(map(ord, "\x85\u2028\u2029"), " ")
+_BREAK = re.compile(r"\r\n|\r|\n")
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -120,8 +124,8 @@ def _refused(file: str, line: int, message: str) -> WorkflowError:
 
 def _line_of(error: yaml.YAMLError, text: str) -> int:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-    if mark is not None:
-        return int(mark.line) + 1
+    if mark is not None:  # the end of a text without a last newline counts as one line more
+        return min(int(mark.line) + 1, len(_BREAK.findall(text)) + 1)
     return text.count("\n", 0, getattr(error, "position", 0)) + 1
 
 

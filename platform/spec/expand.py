@@ -15,7 +15,7 @@ from kvlab.platform.jobs.field import Path, suggest
 from kvlab.platform.jobs.kind import Parent, Settings, Surroundings
 from kvlab.platform.jobs.model import model_key
 from kvlab.platform.spec.combine import Variant, reference_places, variants, written_at
-from kvlab.platform.spec.join import SEED, Joined, Point, Unmatched, join, partners, pinned
+from kvlab.platform.spec.join import SEED, Joined, Point, Unmatched, explain, join, partners, pinned
 from kvlab.platform.spec.matrix import count, label, short_names
 from kvlab.platform.spec.workflow import JobEntry, Workflow
 
@@ -230,10 +230,14 @@ class Expansion:
 
     def _add_needs(self, job: JobEntry, drafts: Sequence[Draft]) -> bool:
         edges = 0
-        for name in job.common.needs:
+        for index, name in enumerate(job.common.needs):
             find = partners(self._points[name])
             for draft in drafts:
                 found = find(draft.axes)
+                if not found:
+                    message = explain(draft.axes, name, self._points[name], self.short)
+                    self.workflow.blame((*job.path, "needs", index), message)
+                    return False
                 edges += len(found)
                 if edges > MOST_NEEDS:
                     message = f"joins more than {MOST_NEEDS} pairs of cells: they share no axis"

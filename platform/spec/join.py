@@ -12,6 +12,7 @@ from kvlab.platform.jobs.reference import Reference
 from kvlab.platform.spec.problems import shown
 
 SEED = "seed"
+PIN = ", or pin the reference: {job: NAME, where: {AXIS: VALUE}}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,7 @@ def _with_role(
     for cell in cells:
         matching = found(cell.axes)
         if not matching:
-            raise Unmatched(role, _explain(cell.axes, job, points, short))
+            raise Unmatched(role, explain(cell.axes, job, points, short) + PIN)
         for point in matching:
             grown.append(Joined({**point.axes, **cell.axes}, {**cell.parents, role: point}))
     return grown
@@ -139,15 +140,15 @@ def _at(axes: Mapping[str, Any], names: frozenset[str]) -> str:
 _key = json.JSONEncoder(sort_keys=True).encode
 
 
-def _explain(
+def explain(
     axes: Mapping[str, Any], job: str, points: Sequence[Point], short: Mapping[str, str]
 ) -> str:
+    """Return why no cell of a job agrees with these axes."""
     there = {axis for point in points for axis in point.axes}
     shared = sorted(there & axes.keys())
     at = ", ".join(f"{short.get(axis, axis)}={shown(axes[axis])}" for axis in shared)
     values = "; ".join(_values(points, axis, short.get(axis, axis)) for axis in shared)
-    pin = f"{{job: {job}, where: {{{short.get(shared[0], shared[0])}: VALUE}}}}" if shared else ""
-    return f"no cell of '{job}' has {at}: {values}; give both the same values, or pin it: {pin}"
+    return f"no cell of '{job}' has {at}: {values}; give both jobs the same values"
 
 
 def _values(points: Sequence[Point], axis: str, name: str = "") -> str:
