@@ -7,10 +7,10 @@ from pathlib import Path
 
 from kvlab.db.batches import Batch
 from kvlab.db.states import Cause, JobState
-from kvlab.platform import artifacts
 from kvlab.platform.controller.inbox import Lost, Told, Up
 from kvlab.platform.controller.jobs import Jobs
 from kvlab.platform.controller.ledger import Ledger
+from kvlab.platform.controller.leftovers import forget_checkpoints
 from kvlab.platform.controller.pool import Pool
 from kvlab.platform.controller.running import POLL_SECONDS, POLLS_PER_SECOND, End, Running
 from kvlab.platform.controller.schedule import Move, Schedule
@@ -310,9 +310,7 @@ class Attempts:
     def _clean(self, job: int, attempt: int, checkpointed: bool) -> None:
         self._home.spool(job, attempt).unlink(missing_ok=True)
         if checkpointed:
-            folder = self._home.checkpoints(self._jobs[job].identity, job)
-            artifacts.remove(folder)
-            _remove_empty(folder.parent)
+            forget_checkpoints(self._home, self._jobs[job].identity, job)
 
 
 def _modified(path: Path, otherwise: float) -> float:
@@ -320,10 +318,3 @@ def _modified(path: Path, otherwise: float) -> float:
         return path.stat().st_mtime
     except FileNotFoundError:
         return otherwise
-
-
-def _remove_empty(folder: Path) -> None:
-    try:
-        folder.rmdir()
-    except OSError:
-        return

@@ -24,6 +24,7 @@ from kvlab.platform.controller.inbox import (
 from kvlab.platform.controller.jobs import Jobs, usable
 from kvlab.platform.controller.lease import Heartbeat, claim
 from kvlab.platform.controller.ledger import Ledger
+from kvlab.platform.controller.leftovers import clear
 from kvlab.platform.controller.pool import Pool
 from kvlab.platform.controller.schedule import Schedule
 from kvlab.platform.controller.slots import check_fit
@@ -152,6 +153,7 @@ class Controller:
         check_fit(((row.name, Resources(**row.resources)) for row in unfinished), self._slots)
         moves = self._schedule.begin({row.id: (row.state, row.attempt) for row in rows})
         attempts.moved(moves)
+        clear(self._home, rows)
         open_jobs = [row.id for row in rows if self._schedule.state(row.id) is not JobState.DONE]
         running = [job for job in open_jobs if self._schedule.state(job) is JobState.RUNNING]
         for job in running:
