@@ -74,7 +74,12 @@ def weight_files(folder: Path) -> list[Path]:
         shards = _json(folder / INDEX).get("weight_map")
         if not isinstance(shards, dict):
             raise CheckpointError(f"checkpoint: {folder / INDEX} has no 'weight_map'")
-        files = [folder / name for name in sorted(set(map(str, shards.values())))]
+        names = sorted(set(map(str, shards.values())))
+        if outside := [name for name in names if Path(name).name != name]:
+            raise CheckpointError(
+                f"checkpoint: {folder / INDEX}: '{outside[0]}' is not a file name in this folder"
+            )
+        files = [folder / name for name in names]
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -87,7 +92,6 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-@lru_cache(maxsize=64)
 def check_weights(folder: Path) -> None:
     """Check that every weight file is whole: a header that parses and the bytes it promises.
 

@@ -133,8 +133,8 @@ def test_what_a_shell_sees(tmp_path: Path) -> None:
     assert ended.returncode == 2
     assert ended.stdout == ""
     assert ended.stderr.splitlines() == [
-        "bad.yaml:2: name: must be 1 to 64 letters, digits, '_', '-' or '.', and not start with '-' or "
-        "'.', found 'a b'",
+        "bad.yaml:2: name: must be 1 to 64 letters, digits, '_', '-' or '.', and not start with "
+        "'-' or '.', found 'a b'",
         "bad.yaml:4: jobs.a.noop.sleep: must be at least 0, found -1",
     ]
     assert list(tmp_path.iterdir()) == [path]

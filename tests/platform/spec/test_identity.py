@@ -1,0 +1,161 @@
+"""An identity changes with what decides a result, and with nothing else."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kvlab.platform.graph import Cell
+from kvlab.platform.spec import identity
+from kvlab.platform.spec.identity import changed, code_digest, explain, identify
+from kvlab.platform.spec.read import load_graph
+
+
+def identities(text: str) -> dict[str, str]:
+    return {cell.name: cell.identity for cell in load_graph(text).cells}
+
+
+def jobs_of(cells: dict[str, str]) -> set[str]:
+    return {name.split("[")[0] for name in cells}
+
+
+def differing(before: str, after: str) -> set[str]:
+    """Jobs whose identities are not the same in two workflows with the same cells."""
+    old, new = identities(before), identities(after)
+    assert old.keys() == new.keys()
+    return jobs_of({name: "" for name in old if old[name] != new[name]})
+
+
+def test_reading_twice_gives_the_same_identities_all_distinct(good: str) -> None:
+    first = identities(good)
+    assert identities(good) == first
+    assert len(set(first.values())) == len(first) == 28
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "stale"),
+    [
+        ("name: quickstart", "name: another", set()),
+        ("pareto: [perplexity, ", "pareto: [", set()),
+        ("version: 1", "# a remark\nversion: 1", set()),
+        ("tokens: 400k", "tokens: 400000", set()),
+        ("tokens: 400k", "tokens: 400k, checkpoint_every: 5", set()),
+        ("    train:", "    retries: 0\n    timeout: 1h\n    train:", set()),
+        ("repeats: 5", "repeats: 6", {"speed"}),
+        ("metrics: [perplexity, ", "metrics: [", {"quality"}),
+        ("tokens: 100k", "tokens: 101k", {"block", "quality", "speed"}),
+        ("tokens: 400k", "tokens: 401k", {"base", "block", "quality", "speed"}),
+        ("bpe: 2048", "bpe: 2047", {"data", "base", "block", "quality", "speed"}),
+        ("preset: nano", "preset: nano, rope_theta: 500000", {"base", "block", "quality", "speed"}),
+    ],
+)
+def test_only_what_depends_on_a_change_is_stale(
+    good: str, old: str, new: str, stale: set[str]
+) -> None:
+    assert old in good
+    assert differing(good, good.replace(old, new)) == stale
+
+
+def test_data_counts_by_content_not_by_place(good: str, tmp_path: Path) -> None:
+    here, there = tmp_path / "a.txt", tmp_path / "elsewhere" / "b.txt"
+    there.parent.mkdir()
+    here.write_text("some text\n" * 100)
+    shutil.copy(here, there)
+    first = good.replace("source: python", f"source: {{text: {here}}}")
+    second = good.replace("source: python", f"source: {{text: {there}}}")
+    assert differing(first, second) == set()
+    there.write_text("other text\n" * 100)
+    assert "data" in differing(first, second)
+
+
+def test_digests_of_files_are_remembered_by_a_run_alone(good: str, tmp_path: Path) -> None:
+    text, home = tmp_path / "a.txt", tmp_path / "home"
+    text.write_text("some text\n" * 100)
+    workflow = good.replace("source: python", f"source: {{text: {text}}}")
+    before = load_graph(workflow, home=home).cells[0].identity
+    assert not home.exists()
+    assert load_graph(workflow, home=home, remember=True).cells[0].identity == before
+    memory = home / "contents.json"
+    assert load_graph(workflow, home=home).cells[0].identity == before
+    memory.write_text("not JSON")
+    assert load_graph(workflow, home=home).cells[0].identity == before
+    text.write_text("other text\n" * 100)
+    assert load_graph(workflow, home=home, remember=True).cells[0].identity != before
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An importable package of two files, one of them below a folder."""
+    folder = tmp_path / "kvlab_test_package"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "__init__.py").write_text("")
+    (folder / "inner" / "rule.py").write_text("RULE = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    return folder
+
+
+@pytest.fixture
+def digest(package: Path) -> Callable[[], str]:
+    def fresh() -> str:
+        code_digest.cache_clear()
+        identity._module_digest.cache_clear()
+        return code_digest((package.name,))
+
+    return fresh
+
+
+def test_code_counts_and_nothing_beside_it(package: Path, digest: Callable[[], str]) -> None:
+    before = digest()
+    (package / "README.md").write_text("words")
+    (package / "__pycache__").mkdir()
+    (package / "__pycache__" / "rule.py").write_text("")
+    assert digest() == before
+    assert package.name not in sys.modules
+    (package / "inner" / "rule.py").write_text("RULE = 2\n")
+    assert digest() != before
+
+
+def test_moving_code_between_files_counts(package: Path, digest: Callable[[], str]) -> None:
+    before = digest()
+    (package / "inner" / "rule.py").rename(package / "inner" / "rules.py")
+    assert digest() != before
+
+
+def test_our_own_sources_are_found(good: str) -> None:
+    """Every kind and method names sources that exist; evaluations do not rest on trainings'."""
+    cells = {cell.job: cell for cell in load_graph(good).cells}
+    codes = {job: cell.parts["code"] for job, cell in cells.items()}
+    assert len(set(codes.values())) == len(codes)
+
+
+def cell(good: str, job: str) -> Cell:
+    return next(cell for cell in load_graph(good).cells if cell.job == job)
+
+
+def test_measured_jobs_belong_to_a_machine(good: str) -> None:
+    assert {"machine device", "machine threads", "machine driver"} <= cell(
+        good, "speed"
+    ).parts.keys()
+    assert not any(part.startswith("machine") for part in cell(good, "quality").parts)
+    spec = {"prompt": 1}
+    here, _ = identify("benchmark", spec, {}, "c", {"device": "a", "threads": 2, "driver": None})
+    there, _ = identify("benchmark", spec, {}, "c", {"device": "a", "threads": 4, "driver": None})
+    assert here != there
+
+
+def test_the_kind_and_the_role_of_a_parent_count() -> None:
+    assert identify("train", {}, {}, "c")[0] != identify("uptrain", {}, {}, "c")[0]
+    assert identify("up", {}, {"from": "x"}, "c")[0] != identify("up", {}, {"of": "x"}, "c")[0]
+
+
+def test_why_names_the_parts_that_changed(good: str) -> None:
+    before = cell(good, "base").parts
+    now = cell(good.replace("400k", "1M").replace("bpe: 2048", "bpe: 999"), "base").parts
+    names = changed(before, now)
+    assert names == ["model", "tokens", "parent data"]
+    said = [explain(name, before, now) for name in names]
+    assert said == ["model", "tokens 400000 -> 1000000", "parent data"]
