@@ -61,12 +61,16 @@ def _cell(planned: Planned) -> dict[str, Any]:
 
 
 def show(plan: Plan, console: Console) -> None:
-    """Print the plan: a line for every point of every matrix, or for every job of a large plan."""
-    points = _grouped(plan.cells, lambda planned: _point(planned))
+    """Print the plan: a line for every point of every matrix; for a large plan one for every job,
+    or for every kind."""
+    points = _grouped(plan.cells, _point)
+    jobs = _grouped(plan.cells, lambda planned: planned.cell.job)
     if len(points) <= MOST_ROWS:
         _points(points, console)
+    elif len(jobs) <= MOST_ROWS:
+        _sums("job", jobs, console)
     else:
-        _jobs(_grouped(plan.cells, lambda planned: planned.cell.job), console)
+        _sums("kind", _grouped(plan.cells, lambda planned: planned.cell.kind), console)
     waiting = [planned for planned in plan.cells if planned.state != "reusable"]
     console.print(
         f"{len(plan.cells)} jobs: {_states(plan.cells)}. "
@@ -121,13 +125,13 @@ def _states(members: Sequence[Planned]) -> str:
     return ", ".join(parts)
 
 
-def _jobs(groups: Mapping[str, Sequence[Planned]], console: Console) -> None:
-    table = _table("job", "kind", "cells", "state", "resources")
+def _sums(what: str, groups: Mapping[str, Sequence[Planned]], console: Console) -> None:
+    table = _table(what, *(["kind"] if what == "job" else []), "cells", "state", "resources")
     for name, members in groups.items():
         shapes = {resources(planned.cell.resources) for planned in members}
         table.add_row(
             escape(name),
-            members[0].cell.kind,
+            *([members[0].cell.kind] if what == "job" else []),
             str(len(members)),
             escape(_states(members)),
             shapes.pop() if len(shapes) == 1 else f"{len(shapes)} shapes",
