@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 import kvlab
 from kvlab import KvlabError
@@ -170,16 +171,17 @@ def store(home: Home) -> Iterator[Finding]:
     if address.get_backend_name() == "sqlite" and not url.path_of(address).exists():
         yield Finding("store", "ok", f"{place}: none yet, the first run makes it")
         return
-    connected = engine.connect(address, read_only=True)
     try:
-        with engine.told(address), engine.reading(connected).connect() as connection:
-            versions.check(connection, place)
+        connected = engine.connect(address, read_only=True)
+        try:
+            with engine.told(address), engine.reading(connected).connect() as connection:
+                versions.check(connection, place)
+        finally:
+            connected.dispose()
     except StoreError as error:
         yield Finding("store", "fail", str(error))
     else:
         yield Finding("store", "ok", f"{place}: version {versions.HEAD}, current")
-    finally:
-        connected.dispose()
 
 
 def tracking(home: Home) -> Iterator[Finding]:
@@ -187,6 +189,12 @@ def tracking(home: Home) -> Iterator[Finding]:
     version = _version("mlflow")
     if version is None:
         yield Finding("mlflow", "fail", "not installed", "run `make setup`")
+        return
+    if elsewhere := os.environ.get("MLFLOW_TRACKING_URI"):
+        # The address may hold a password: where it leads is enough.
+        parts = urlsplit(elsewhere)
+        place = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
+        yield Finding("mlflow", "ok", f"{version}; mirrors to {place} (MLFLOW_TRACKING_URI)")
         return
     if not file.exists():
         yield Finding("mlflow", "ok", f"{version}; {file}: none yet, the first run makes it")

@@ -23,7 +23,7 @@ def levels(check: Callable[[Home], Iterator[doctor.Finding]], home: Home) -> dic
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
-    for name in ("KVLAB_DATABASE", "RAY_ADDRESS", "RAY_AUTH_MODE"):
+    for name in ("KVLAB_DATABASE", "RAY_ADDRESS", "RAY_AUTH_MODE", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     return Home.find(tmp_path / "home")
 
@@ -61,6 +61,16 @@ def test_an_mlflow_file_that_is_none_is_a_warning(home: Home) -> None:
     home.create()
     (home.root / "mlflow.db").write_bytes(b"not a database" * 1000)
     assert levels(doctor.tracking, home) == {"mlflow": "warn"}
+
+
+def test_another_mlflow_is_named_without_its_password(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@db/mlflow")
+    (finding,) = doctor.tracking(home)
+    assert finding.level == "ok"
+    assert "postgresql://db/mlflow" in finding.found
+    assert "secret" not in finding.found
 
 
 def test_a_cluster_without_a_token_fails(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
