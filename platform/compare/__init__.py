@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from kvlab import KvlabError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from kvlab.db.states import WorkflowState
     from kvlab.db.store import Store
     from kvlab.platform.compare.model import Comparison
     from kvlab.platform.home import Home
@@ -46,7 +48,7 @@ def show(
     with Store.open(home.url, read_only=True) as store:
         comparison = compare(store.load(workflow_id))
         if html is not None:
-            _write(html, report(store, comparison))
+            _write(html, _rendered(store, comparison))
     if as_json:
         # Not through the console's markup or wrapping: a machine reads this.
         console.file.write(json.dumps(comparison.to_json(), indent=2, allow_nan=False) + "\n")
@@ -57,8 +59,23 @@ def show(
     return comparison
 
 
-def report(store: Store, comparison: Comparison) -> str:
-    """Render report.html, training curves included."""
+def report_of(store: Store, workflow_id: int, state: WorkflowState | None = None) -> str | None:
+    """Return report.html of a stored workflow; None when it measures no model.
+
+    Args:
+        state: how the workflow is about to end, where its row does not say so yet.
+    """
+    from kvlab.platform.compare.build import compare
+
+    comparison = compare(store.load(workflow_id))
+    if not comparison.arms:
+        return None
+    if state is not None:
+        comparison = replace(comparison, state=state.value)
+    return _rendered(store, comparison)
+
+
+def _rendered(store: Store, comparison: Comparison) -> str:
     from kvlab.platform.compare.curves import read_curves
     from kvlab.platform.compare.report import render
 

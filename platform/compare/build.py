@@ -43,7 +43,7 @@ def compare(workflow: Workflow) -> Comparison:
         settings=layout.settings,
         columns=layout.columns,
         front=_front(workflow.report.get("pareto") or (), arms, by_id, layout),
-        notes=(*notes, *layout.notes, *_notes(arms)),
+        notes=(*notes, *layout.notes, *_unfronted(workflow.report, layout), *_notes(arms)),
         environments=_environments(workflow.jobs),
         jobs=_states(workflow.jobs),
     )
@@ -128,7 +128,7 @@ def _front(
         for name in metrics
         if (column := next((c for c in layout.columns if c.metric == name and c.headline), None))
     ]
-    if not columns or len(columns) < len(metrics):
+    if len(columns) < max(1, len(metrics)):
         return None
     excluded: dict[str, str] = {}
     for arm in arms:
@@ -153,6 +153,16 @@ def _front(
 
     members, dominated = front(list(able), list(by_column), pair)
     return Front(tuple(by_column), members, dominated, excluded)
+
+
+def _unfronted(report: Mapping[str, Any], layout: Layout) -> list[str]:
+    """Why there is no front, where some of its metrics were measured and others were not."""
+    wanted = report.get("pareto") or ()
+    held = {column.metric for column in layout.columns if column.headline}
+    lacking = [METRICS[name].title for name in wanted if name not in held]
+    if not lacking or len(lacking) == len(wanted):
+        return []
+    return [f"No Pareto front: nothing here measured {' or '.join(lacking)}."]
 
 
 def _points(metric: Metric, mine: float, theirs: float) -> Literal["better", "worse", "equal"]:

@@ -29,6 +29,10 @@ class Metric:
     timed: bool = False
 
 
+RATES = {"tokens_per_second": "tokens/s", "decode_tokens_per_second": "decode tokens/s"}
+AT_BUDGET = "_at_budget"
+"""Ending of a rate at the largest batch whose cache fits `kv_budget`: each arm has its own."""
+
 METRICS: dict[str, Metric] = {
     metric.key: metric
     for metric in (
@@ -46,6 +50,10 @@ METRICS: dict[str, Metric] = {
         Metric("kv_bytes_per_token_predicted", "KV predicted", "B", "lower", "speed", exact=True),
         Metric("peak_memory_bytes", "peak memory", "B", "lower", "speed"),
         Metric("largest_batch", "largest batch", "", "higher", "speed", exact=True),
+        *(
+            Metric(rate + AT_BUDGET, f"{title} at budget", "tok/s", "higher", "speed", timed=True)
+            for rate, title in RATES.items()
+        ),
         Metric("body_parameters", "body parameters", "", "lower", "training", exact=True),
         Metric("parameters", "parameters", "", "lower", "training", exact=True),
         Metric("train_seconds", "training", "s", "lower", "training", timed=True),
@@ -55,17 +63,16 @@ METRICS: dict[str, Metric] = {
 """Names that `report.pareto` may use, in the order in which tables show them."""
 
 TIMING_GATES = frozenset({"repeats_enough", "alone"})
-"""Benchmark gates that speak of the clock alone: counted bytes stand when one of them is shut."""
+"""Benchmark gates that speak of the clock alone: counted bytes stand when one of them is closed."""
 
 GATES: dict[str, str] = {
     "repeats_enough": "too few repeats for an interval",
     "alone": "the machine was not idle",
-    "kv_matches": "measured KV bytes disagree with the formula",
-    "token_counts": "arms generated different numbers of tokens",
+    "tokens_as_asked": "it did not generate or keep as many tokens as asked",
 }
-"""What a shut gate means; one that is not listed is shown by its own name."""
+"""What a closed gate means; one that is not listed is shown by its own name."""
 
 
 def gate_reason(name: str) -> str:
-    """Say in words why a shut gate voids a number."""
-    return GATES.get(name, f"gate '{name}' is shut")
+    """Say in words why a closed gate voids a number."""
+    return GATES.get(name, f"gate '{name}' is closed")

@@ -33,7 +33,7 @@ class Number:
         seeds: the value of each seed. expected: how many seeds were to give one.
         sd: sample standard deviation over seeds (None for one seed).
         low, high: 95 % interval of the mean; with one seed the interval of its repeats, if any.
-        void: why the number does not count (a gate was shut), else None. Value is then still given.
+        void: why the number does not count (a gate was closed), else None; the value still stands.
         change: against the baseline; None without one, when void, or for the baseline itself.
     """
 

@@ -7,7 +7,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from kvlab.platform.compare.metrics import METRICS, TIMING_GATES, Place, gate_reason
+from kvlab.platform.compare.metrics import (
+    AT_BUDGET,
+    METRICS,
+    RATES,
+    TIMING_GATES,
+    Place,
+    gate_reason,
+)
 
 
 class Key(NamedTuple):
@@ -61,7 +68,7 @@ def read_quality(spec: Mapping[str, Any], result: Mapping[str, Any]) -> Reading:
         "sequence_length": length,
     }
     reading = Reading("quality", setting, details)
-    shut = _shut_gates(result)
+    closed = _closed_gates(result)
     windows, weights = _windows(result)
     for name in ("perplexity", "perplexity_per_byte", "bits_per_byte", "loss"):
         value = _number(result.get(name))
@@ -72,7 +79,7 @@ def read_quality(spec: Mapping[str, Any], result: Mapping[str, Any]) -> Reading:
             windows=windows,
             weights=weights,
             slope=_slope(name, value, _number(result.get("loss"))),
-            void=_void(shut, timed=False),
+            void=_void(closed, timed=False),
         )
         reading.samples[Key(name, setting, None)] = sample
     if by_position := result.get("loss_by_position"):
@@ -90,19 +97,26 @@ def read_speed(spec: Mapping[str, Any], result: Mapping[str, Any]) -> Reading:
     details["kv_budget"] = spec.get("kv_budget")
     setting = ("speed", *details.values())
     reading = Reading("speed", setting, details)
-    shut = _shut_gates(result)
-    for row in result.get("rows") or ():
-        for metric in METRICS.values():
-            if metric.place != "speed":
-                continue
-            sample = _measured(row.get(metric.key), _void(shut, metric.timed))
-            if sample is not None:
-                reading.samples[Key(metric.key, setting, row["batch"])] = sample
+    closed = _closed_gates(result)
     largest = _number(result.get("largest_batch"))
+    asked = spec.get("batch") or ()
+    for row in result.get("rows") or ():
+        found = {
+            metric.key: sample
+            for metric in METRICS.values()
+            if metric.place == "speed"
+            and (sample := _measured(row.get(metric.key), _void(closed, metric.timed)))
+        }
+        if largest and row["batch"] == largest:
+            for rate in RATES.keys() & found.keys():
+                reading.samples[Key(rate + AT_BUDGET, setting, None)] = found[rate]
+        # The largest batch of a budget is each arm's own: no column of its own for it.
+        if row["batch"] in asked or not asked:
+            for name, sample in found.items():
+                reading.samples[Key(name, setting, row["batch"])] = sample
     if largest is not None:
-        reading.samples[Key("largest_batch", setting, None)] = Sample(
-            largest, void=_void(shut, timed=False)
-        )
+        void = _void(closed, timed=False)
+        reading.samples[Key("largest_batch", setting, None)] = Sample(largest, void=void)
     return reading
 
 
@@ -145,10 +159,10 @@ def _slope(name: str, value: float, loss: float | None) -> float:
     return 1.0 / loss
 
 
-def _shut_gates(result: Mapping[str, Any]) -> list[str]:
+def _closed_gates(result: Mapping[str, Any]) -> list[str]:
     return [name for name, open_ in (result.get("gates") or {}).items() if open_ is False]
 
 
-def _void(shut: Iterable[str], timed: bool) -> str | None:
-    reasons = [gate_reason(name) for name in shut if timed or name not in TIMING_GATES]
+def _void(closed: Iterable[str], timed: bool) -> str | None:
+    reasons = [gate_reason(name) for name in closed if timed or name not in TIMING_GATES]
     return "; ".join(reasons) or None

@@ -13,7 +13,7 @@ from kvlab.platform.compare.formats import (
     number_text,
     value_text,
 )
-from kvlab.platform.compare.metrics import METRICS
+from kvlab.platform.compare.metrics import AT_BUDGET, METRICS, RATES
 from kvlab.platform.compare.model import Arm, Column, Comparison, Number, Setting
 
 NO_BREAK = "\N{NO-BREAK SPACE}"
@@ -94,27 +94,22 @@ def further_sheets(comparison: Comparison) -> list[Sheet]:
         if setting.place == "quality":
             shown = [] if any(c.headline for c in columns) else columns
         else:
-            shown = _speed_columns(columns, setting)
+            shown = _speed_columns(columns)
         if shown:
             sheets.append(_setting_sheet(comparison, setting, shown))
     return sheets
 
 
-def _speed_columns(columns: Sequence[Column], setting: Setting) -> list[Column]:
+def _speed_columns(columns: Sequence[Column]) -> list[Column]:
+    """All rates, decoding at the largest batch, the first token at the smallest, the budget's."""
     rates = [c for c in columns if c.metric == "tokens_per_second"]
-    if len(rates) < 2 and any(c.headline for c in columns):
+    budgeted = any(c.metric == "largest_batch" for c in columns)
+    if len(rates) < 2 and not budgeted and any(c.headline for c in columns):
         return []
-    batches = [c.batch for c in rates]
-    return [
-        *rates,
-        *(
-            c
-            for c in columns
-            if c.metric == "decode_tokens_per_second" and c.batch == batches[-1:][0]
-        ),
-        *(c for c in columns if c.metric == "time_to_first_token" and c.batch == batches[0]),
-        *(c for c in columns if c.metric == "largest_batch"),
-    ]
+    wanted = {("decode_tokens_per_second", c.batch) for c in rates[-1:]}
+    wanted |= {("time_to_first_token", c.batch) for c in rates[:1]}
+    wanted |= {("largest_batch", None), *((rate + AT_BUDGET, None) for rate in RATES)}
+    return [*rates, *(c for c in columns if (c.metric, c.batch) in wanted)]
 
 
 def _setting_sheet(comparison: Comparison, setting: Setting, shown: Sequence[Column]) -> Sheet:

@@ -75,8 +75,8 @@ def job_tags(workflow: WorkflowMessage, job: JobMessage) -> dict[str, str]:
     if (reused := job.get("reused_from")) is not None:
         tags["reused_from"] = str(reused)
     gates = (job.get("result") or {}).get("gates")
-    if shut := [name for name, value in (gates or {}).items() if value is False]:
-        tags["kvlab.void"] = ", ".join(shut)
+    if closed := [name for name, value in (gates or {}).items() if value is False]:
+        tags["kvlab.void"] = ", ".join(closed)
     for name in ("cause", "message"):
         if value := job.get(name):
             tags[f"kvlab.{name}"] = str(value)[:LONGEST_VALUE]

@@ -124,7 +124,7 @@ def test_other_devices_and_loads_never_share_a_column(lab: Any) -> None:
     assert any("different devices" in note for note in comparison.notes)
 
 
-def test_a_shut_timing_gate_voids_times_but_not_bytes(lab: Any) -> None:
+def test_a_closed_timing_gate_voids_times_but_not_bytes(lab: Any) -> None:
     base = lab.train("base", 0)
     lab.evaluate(base, 3.5)
     lab.benchmark(base, 100, gates={"alone": False})
@@ -139,12 +139,40 @@ def test_a_shut_timing_gate_voids_times_but_not_bytes(lab: Any) -> None:
     assert "Void, base: the machine was not idle." in comparison.notes
 
 
-def test_an_unknown_shut_gate_voids_all_of_a_benchmark(lab: Any) -> None:
+def test_an_unknown_closed_gate_voids_all_of_a_benchmark(lab: Any) -> None:
     base = lab.train("base", 0)
     lab.benchmark(base, 100, gates={"engine": False})
     comparison = built(lab)
     for metric in ("tokens_per_second", "kv_bytes_per_token", "peak_memory_bytes"):
-        assert headline(comparison, "base", metric).void == "gate 'engine' is shut"
+        assert headline(comparison, "base", metric).void == "gate 'engine' is closed"
+
+
+def test_a_budget_gives_each_arm_its_own_batch(lab: Any) -> None:
+    for job, kv, largest in (("base", 4096.0, 8), ("block", 1024.0, 32)):
+        model = lab.train(job, 0)
+        lab.benchmark(model, 100, kv=kv, batches=(1, 8, 32), largest=largest)
+        name = f"speed[of={model}]"
+        spec = next(row.spec for row in lab.jobs if row.name == name)
+        spec["batch"] = [1, 8]
+    comparison = built(lab, baseline="base", pareto=["decode_tokens_per_second_at_budget"])
+    assert comparison.column("tokens_per_second[speed,batch=32]") is None
+    assert headline(comparison, "base", "largest_batch").value == 8
+    base = headline(comparison, "base", "tokens_per_second_at_budget")
+    block = headline(comparison, "block", "tokens_per_second_at_budget")
+    assert base.value == pytest.approx(100 * 8**0.8)
+    assert block.value == pytest.approx(100 * 32**0.8)
+    assert block.change is not None
+    assert block.change.verdict == "better"
+    assert comparison.front is not None
+    assert comparison.front.members == ("block",)
+
+
+def test_a_front_that_lacks_a_metric_is_said(lab: Any) -> None:
+    lab.evaluate(lab.train("base", 0), 3.5)
+    comparison = built(lab)
+    assert comparison.front is None
+    text = "No Pareto front: nothing here measured tokens/s or KV per token."
+    assert text in comparison.notes
 
 
 def test_one_void_seed_is_left_out(lab: Any) -> None:

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
+from kvlab.db.states import WorkflowState
 from kvlab.db.store import Store
-from kvlab.platform.compare import report
+from kvlab.platform.compare import report_of
 from kvlab.platform.compare.build import compare
 from kvlab.platform.compare.curves import MOST, read_curves
 from kvlab.platform.compare.plots.positions import FOLD, fold
+from kvlab.platform.compare.report import render
 
 ATTACK = '</script><script>alert(1)</script><img src="https://evil/x" onerror=alert(2)>\'"&{{7*7}}'
 
@@ -56,7 +58,9 @@ def policy(text: str) -> str:
 def rendered(lab: Any, name: str = "study") -> str:
     wid = lab.save(name=name)
     with Store.open(f"sqlite:///{lab.home / 'kvlab.db'}", read_only=True) as store:
-        return report(store, compare(store.load(wid)))
+        text = report_of(store, wid)
+    assert text is not None
+    return text
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +123,26 @@ def test_what_users_write_stays_text(lab: Any) -> None:
 
 
 def test_a_page_without_numbers_has_no_script(lab: Any) -> None:
-    text = rendered(lab)
+    wid = lab.save()
+    text = render(compare(lab.load(wid)), {})
     assert "<script" not in text
     assert "nothing to compare" in text
     assert "script-src 'none'" in policy(text)
+
+
+def test_a_workflow_without_models_has_no_report(lab: Any) -> None:
+    wid = lab.save()
+    with Store.open(f"sqlite:///{lab.home / 'kvlab.db'}", read_only=True) as store:
+        assert report_of(store, wid) is None
+
+
+def test_the_state_may_be_the_one_about_to_be_stored(lab: Any) -> None:
+    lab.evaluate(lab.train("base", 0), 3.5)
+    wid = lab.save()
+    with Store.open(f"sqlite:///{lab.home / 'kvlab.db'}", read_only=True) as store:
+        text = report_of(store, wid, WorkflowState.FAILED)
+    assert text is not None
+    assert "workflow 1 · failed" in text
 
 
 def test_curves_are_means_over_the_steps_all_seeds_reached(lab: Any) -> None:

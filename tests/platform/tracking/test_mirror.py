@@ -186,7 +186,7 @@ def test_a_reused_job_says_whose_result_it_has(uri: str) -> None:
     assert run.data.metrics["perplexity"] == 30.5
 
 
-def test_a_benchmark_shows_its_rates_by_batch_and_its_shut_gates(uri: str) -> None:
+def test_a_benchmark_shows_its_rates_by_batch_and_its_closed_gates(uri: str) -> None:
     rows = [
         {"batch": batch, "tokens_per_second": {"median": 100.0 * batch}, "kv_bytes_per_token": 64}
         for batch in (1, 8)
