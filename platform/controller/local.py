@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import secrets
 import shutil
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from typing import Any, TextIO, cast
 
 import ray
 
@@ -23,6 +27,21 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
 }
+
+
+class _Quiet:
+    """A stream without what Ray's own threads print: it says on stdout that a worker died."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        if threading.current_thread().name.startswith("ray_"):
+            return len(text)
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 @contextmanager
@@ -43,6 +62,7 @@ def local_ray(cpus: int | None = None) -> Iterator[None]:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     logging.getLogger("ray").setLevel(logging.ERROR)
     folder = Path(tempfile.mkdtemp(prefix="kvlab-ray-"))
+    stdout, sys.stdout = sys.stdout, cast(TextIO, _Quiet(sys.stdout))
     try:
         ray.init(
             address="local",
@@ -57,5 +77,7 @@ def local_ray(cpus: int | None = None) -> Iterator[None]:
         )
         yield
     finally:
-        ray.shutdown()
+        with redirect_stdout(io.StringIO()):  # it prints then what it held back
+            ray.shutdown()
+        sys.stdout = stdout
         shutil.rmtree(folder, ignore_errors=True)
