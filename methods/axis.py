@@ -11,7 +11,17 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from types import NoneType, UnionType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from kvlab import KvlabError
 
@@ -270,18 +280,32 @@ def build_params(cls: type, mapping: Mapping[str, Any]) -> Any:
         if name not in hints:
             known = ", ".join(hints) or "none"
             raise MethodError(f"{cls.__name__} has no parameter '{name}'; it has: {known}")
-        limits = next(
-            (m for m in getattr(hints[name], "__metadata__", ()) if isinstance(m, Range)), None
-        )
-        if limits is None:
-            continue
-        if isinstance(found, bool) or not isinstance(found, int | float):
-            raise MethodError(f"{name}: must be a number, found {found!r}")
-        if not limits.low <= found <= limits.high:
-            raise MethodError(
-                f"{name}: must be from {limits.low} to {limits.high}, found {found!r}"
-            )
+        if allowed := _refusal(hints[name], found):
+            raise MethodError(f"{name}: must be {allowed}, found {found!r}")
     return cls(**mapping)
+
+
+def _refusal(hint: Any, found: object) -> str:
+    """What a value of this type must be, or "" if `found` is one."""
+    if get_origin(hint) is Annotated:
+        base, *notes = get_args(hint)
+        limits = next((note for note in notes if isinstance(note, Range)), None)
+        refusal = _refusal(base, found)
+        if limits is None or (not refusal and limits.low <= found <= limits.high):  # type: ignore[operator]
+            return refusal
+        return f"{refusal or base.__name__} from {limits.low} to {limits.high}"
+    if get_origin(hint) is Literal:
+        return "" if found in get_args(hint) else f"one of {', '.join(map(str, get_args(hint)))}"
+    if get_origin(hint) in (Union, UnionType):
+        refusals = [_refusal(option, found) for option in get_args(hint)]
+        return "" if "" in refusals else " or ".join(refusals)
+    if hint is NoneType:
+        return "" if found is None else "null"
+    if hint in (int, float, bool, str):
+        kinds = (int, float) if hint is float else hint
+        right = isinstance(found, kinds) and (hint is bool or not isinstance(found, bool))
+        return "" if right else str(hint.__name__)
+    return ""
 
 
 def _params(name: str) -> type:
