@@ -33,6 +33,31 @@ CONFIG_MAP = {
     },
 }
 
+VOLUME_CLAIM = {
+    "type": "object",
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+    "additionalProperties": False,
+    "properties": {
+        "apiVersion": {"const": "v1"},
+        "kind": {"const": "PersistentVolumeClaim"},
+        "metadata": {"type": "object", "required": ["name"]},
+        "spec": {
+            "type": "object",
+            "required": ["accessModes", "resources"],
+            "additionalProperties": False,
+            "properties": {
+                "accessModes": {"const": ["ReadWriteMany"]},
+                "storageClassName": {"type": "string"},
+                "resources": {
+                    "type": "object",
+                    "required": ["requests"],
+                    "properties": {"requests": {"type": "object", "required": ["storage"]}},
+                },
+            },
+        },
+    },
+}
+
 
 def strict(schema: Any) -> Any:
     """Refuse unknown fields, as `kubectl --validate=strict` does, and read int-or-string."""
@@ -75,8 +100,9 @@ def pod_specs(job: dict[str, Any]) -> list[dict[str, Any]]:
 def test_the_manifest_is_valid(
     documents: dict[str, dict[str, Any]], rayjob_schema: dict[str, Any]
 ) -> None:
-    assert set(documents) == {"ConfigMap", "RayJob"}
+    assert set(documents) == {"ConfigMap", "PersistentVolumeClaim", "RayJob"}
     jsonschema.validate(documents["ConfigMap"], CONFIG_MAP)
+    jsonschema.validate(documents["PersistentVolumeClaim"], VOLUME_CLAIM)
     jsonschema.validate(documents["RayJob"], rayjob_schema)
 
 
@@ -105,9 +131,14 @@ def test_names_that_refer_to_each_other_agree(documents: dict[str, dict[str, Any
     job, name = documents["RayJob"], documents["ConfigMap"]["metadata"]["name"]
     pins = (ROOT / "constraints-cpu.txt").read_text()
     assert f"\nray=={job['spec']['rayClusterSpec']['rayVersion']}\n" in pins
-    mounted = 0
+    claim, mounted = documents["PersistentVolumeClaim"]["metadata"]["name"], 0
     for pod in pod_specs(job):
         volumes = {volume["name"]: volume for volume in pod.get("volumes", [])}
+        assert all(
+            volume["persistentVolumeClaim"]["claimName"] == claim
+            for volume in volumes.values()
+            if "persistentVolumeClaim" in volume
+        )
         for mount in pod["containers"][0].get("volumeMounts", []):
             source = volumes[mount["name"]].get("configMap")
             if source:
@@ -115,6 +146,17 @@ def test_names_that_refer_to_each_other_agree(documents: dict[str, dict[str, Any
                 assert mount["mountPath"] in job["spec"]["entrypoint"]
                 mounted += 1
     assert mounted == 1
+
+
+def test_settings_given_to_containers_are_read_by_kvlab(
+    documents: dict[str, dict[str, Any]],
+) -> None:
+    code = "".join(file.read_text() for file in (ROOT / "platform").rglob("*.py"))
+    named = re.findall(r"KVLAB_\w+", (ROOT / "k8s/image/Dockerfile").read_text())
+    for pod in pod_specs(documents["RayJob"]):
+        named += [one["name"] for one in pod["containers"][0].get("env", [])]
+    assert {"KVLAB_HOME", "KVLAB_DATABASE"} <= set(named)
+    assert all(f'"{name}"' in code for name in named)
 
 
 def test_the_workflow_it_carries_is_valid(
