@@ -96,3 +96,21 @@ def test_a_writer_killed_inside_a_batch_leaves_nothing_and_no_lock(
             batch.event("the next writer")
     with Store.open(store_url) as again:
         assert len(again.events(lab.workflow)) == 2
+
+
+def test_a_reader_that_comes_alone_finds_what_a_killed_writer_was_told(
+    lab: Any, store_url: str
+) -> None:
+    """Nobody else has the store open: the reader itself brings SQLite's log in order."""
+    job = lab.jobs[0]
+    lab.start(job)
+    lab.store.close()
+    with writer(store_url, lab.lease, job, "alone") as process:
+        assert process.stdout is not None
+        told = [process.stdout.readline() for _ in range(3)]
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert told == ["1\n", "2\n", "3\n"]
+    with Store.open(store_url, read_only=True) as reader:
+        stored = [p.step for p in reader.points(job, ["alone/0"])]
+    assert stored[:3] == [1, 2, 3]
