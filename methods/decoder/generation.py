@@ -7,8 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvlab import KvlabError
 from kvlab.methods.axis import Method
 from kvlab.methods.model import LanguageModel
+
+LOOK_EVERY = 16
+"""Steps between two looks at whether all sequences have ended: a look waits for the device."""
+
+
+class GenerationError(KvlabError):
+    """Prompts or sampling settings that nothing can be generated from."""
 
 
 @torch.inference_mode()
@@ -24,18 +32,63 @@ def generate(
     eos: int | None = None,
     apply: Method | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt by up to `new_tokens` tokens; return the continuations alone."""
+    """Continue each prompt; return the continuations alone.
+
+    Args:
+        prompts: token ids, of any lengths. A greedy batch gives what its prompts give one by one.
+        new_tokens: at most so many for each.
+        temperature: 0 takes the likeliest token; otherwise logits are divided by it and sampled.
+        top_k: sample among the k likeliest.
+        top_p: sample among the likeliest tokens that together reach this probability.
+        seed: of the sampling.
+        eos: a continuation ends after this token.
+        apply: run-time axes (eviction); None is the full cache.
+
+    Raises:
+        GenerationError: an empty prompt, an id outside the vocabulary, an impossible setting.
+    """
+    _check(model, prompts, new_tokens, temperature, top_k, top_p)
     device = next(model.parameters()).device
     ids, valid = left_pad(prompts, device)
     generator = torch.Generator(device).manual_seed(seed)
     session = model.start(ids, valid, new_tokens=max(0, new_tokens - 1), apply=apply)
     chosen: list[Tensor] = []
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for step in range(new_tokens):
         if step:
             session.step(chosen[-1])
         chosen.append(pick(session.logits, temperature, top_k, top_p, generator))
+        if eos is not None:
+            ended |= chosen[-1] == eos
+            if step % LOOK_EVERY == LOOK_EVERY - 1 and ended.all():
+                break
     rows: list[list[int]] = torch.stack(chosen, 1).tolist() if chosen else [[] for _ in prompts]
     return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
+
+
+def _check(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> None:
+    vocabulary = model.config.vocab_size
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise GenerationError(f"prompt {i} is empty: it needs at least one token")
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            raise GenerationError(f"prompt {i}: ids must be from 0 to {vocabulary - 1}")
+    wrong = {
+        "prompts: at least one": not prompts,
+        f"new_tokens: at least 0, found {new_tokens}": new_tokens < 0,
+        f"temperature: at least 0, found {temperature}": temperature < 0,
+        f"top_k: at least 1, found {top_k}": top_k is not None and top_k < 1,
+        f"top_p: above 0 and at most 1, found {top_p}": top_p is not None and not 0 < top_p <= 1,
+    }
+    if problems := [problem for problem, is_wrong in wrong.items() if is_wrong]:
+        raise GenerationError("; ".join(problems))
 
 
 def left_pad(
