@@ -69,7 +69,7 @@ def measure(name: str, gpu: bool) -> list[Line]:
     if gpu:
         import torch
 
-        found = module.run("cuda", torch.bfloat16)
+        found = module.run("cuda:0", torch.bfloat16)
     else:
         found = module.run()
     return found

@@ -16,8 +16,8 @@ from kvlab.platform.bench.line import Line, interleaved, middle
 from kvlab.platform.jobs.training.optimizer import adamw
 
 VOCABULARY = 2048
-BATCH = 8
-LENGTH = 256
+SHAPES = {"cpu": ("micro", 8, 256), "cuda": ("mini", 32, 1024)}
+"""Per device: model preset, sequences of a batch, tokens of a sequence."""
 WARMUP = 3
 REPEATS = 15
 CLOSE = 1e-3
@@ -29,13 +29,14 @@ SPEC = {"learning_rate": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}
 def run(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Line]:
     """Time forward, loss, backward, clipping and AdamW, in turn with the other side's."""
     torch.manual_seed(0)
-    config = DecoderConfig(vocab_size=VOCABULARY, **PRESETS["micro"])
+    preset, rows, length = SHAPES[torch.device(device).type]
+    config = DecoderConfig(vocab_size=VOCABULARY, **PRESETS[preset])
     theirs = llama(config)
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         ours = load(Path(folder))
     ours, theirs = ours.to(device), theirs.to(device)
-    batches = torch.randint(VOCABULARY, (WARMUP + REPEATS, BATCH, LENGTH), device=device)
+    batches = torch.randint(VOCABULARY, (WARMUP + REPEATS, rows, length), device=device)
 
     def our_loss(ids: Tensor) -> Tensor:
         score = ours(ids)
@@ -50,10 +51,10 @@ def run(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Line]:
     apart = max(abs(a - b) for a, b in zip(our_losses, their_losses, strict=True))
     # bfloat16 rounds the two orders of operations apart: 1e-3 is a float32 bound.
     bound = CLOSE if dtype == torch.float32 else 30 * CLOSE
-    tokens = BATCH * LENGTH
+    tokens = rows * length
     return [
         Line(
-            f"training step, {config.width} wide, {config.layers} layers, {BATCH} x {LENGTH}",
+            f"training step, {config.width} wide, {config.layers} layers, {rows} x {length}",
             "tokens/s",
             tokens / middle(mine),
             tokens / middle(other),

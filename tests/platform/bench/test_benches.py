@@ -25,14 +25,13 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "CALLS", 500)
     monkeypatch.setattr(metrics, "MLFLOW_CALLS", 5)
     monkeypatch.setattr(metrics, "REPEATS", 1)
-    monkeypatch.setattr(training, "BATCH", 2)
-    monkeypatch.setattr(training, "LENGTH", 16)
+    monkeypatch.setattr(training, "SHAPES", {"cpu": ("nano", 2, 16)})
     monkeypatch.setattr(training, "WARMUP", 1)
     monkeypatch.setattr(training, "REPEATS", 2)
     monkeypatch.setattr(jobs, "JOBS", 6)
     monkeypatch.setattr(jobs, "REPEATS", 1)
     monkeypatch.setattr(decode, "SHAPES", ((8, 9),))
-    monkeypatch.setattr(decode, "KV_BUDGET", 2**20)
+    monkeypatch.setattr(decode, "SETTINGS", {"cpu": ("micro", 2**20)})
     monkeypatch.setattr(decode, "REPEATS", 1)
     monkeypatch.setattr(kv_bytes, "METHODS", kv_bytes.METHODS[1::2])
     monkeypatch.setattr(kv_bytes, "BATCH", 2)
@@ -54,7 +53,7 @@ def test_metrics_are_all_found_again() -> None:
 
 def test_training_is_void_when_the_losses_part(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sound(training.run())
-    monkeypatch.setattr(training, "CLOSE", 0.0)
+    monkeypatch.setattr(training, "CLOSE", -1.0)
     (line,) = training.run()
     assert "apart" in line.void
     assert line.ratio is None
@@ -71,7 +70,7 @@ def test_decode_compares_equal_bodies_within_one_budget() -> None:
         assert line.detail is not None
         blocks, tokens = line.detail["blocks"], line.detail["tokens"]
         assert blocks["batch"] > tokens["batch"]
-        assert max(blocks["kv_bytes"], tokens["kv_bytes"]) <= decode.KV_BUDGET
+        assert max(blocks["kv_bytes"], tokens["kv_bytes"]) <= 2**20
 
 
 @pytest.mark.ray
