@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,9 +38,24 @@ def go(
 
         outcome = run_local(home, workflow, watch, cpus=cpus, mlflow=mlflow)
     else:
-        raise NotImplementedError
+        from kvlab.platform.controller import cluster
+
+        with cluster.connected(address):
+            remote = cluster.start(home, workflow, mlflow=mlflow)
+            if detach:
+                _say_detached(remote.workflow, as_json)
+                return
+            with watch(remote):
+                outcome = remote.run()
     if outcome.counts.get(JobState.DONE) and not as_json:
         from kvlab.platform.compare import show
 
         show(home, outcome.workflow, console, html=html)
     live.finish(home, outcome, console, as_json)
+
+
+def _say_detached(workflow: int, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"workflow": workflow, "state": "running"}))
+    else:
+        print(f"workflow {workflow} runs on the cluster: `kvlab status {workflow}` shows it")

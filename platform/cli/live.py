@@ -21,6 +21,7 @@ from rich.text import Text
 from kvlab.db.states import JobState, WorkflowState
 
 if TYPE_CHECKING:
+    from kvlab.platform.controller.cluster import Remote
     from kvlab.platform.controller.controller import Controller, Outcome
     from kvlab.platform.controller.snapshot import Change, RunningJob, Snapshot
     from kvlab.platform.home import Home
@@ -168,7 +169,7 @@ def interruptible(stop: Callable[[], None], console: Console) -> Iterator[None]:
 
 
 @contextmanager
-def watching(controller: Controller, console: Console, quiet: bool) -> Iterator[None]:
+def watching(controller: Controller | Remote, console: Console, quiet: bool) -> Iterator[None]:
     """Show a controller of this process, and let signals stop it."""
     with interruptible(controller.stop, console):
         if quiet:
