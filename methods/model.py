@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kvlab.methods.axis import Method
+from kvlab.methods.cache.interface import Cache
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.packing import Documents, Packer, TokenPacker
 
@@ -63,19 +64,22 @@ class LanguageModel(nn.Module, ABC):
         """Return a model of this class that starts from the parent's weights (uptraining)."""
 
     @abstractmethod
-    def forward(self, ids: Tensor, valid: Tensor | None = None) -> Score:
+    def forward(
+        self, ids: Tensor, valid: Tensor | None = None, cache: Cache | None = None
+    ) -> Score:
         """Score a batch in one parallel pass; the mean of `nll[scored]` is the training loss.
 
         Args:
             ids: [B, T] token ids.
             valid: [B, T] bool; None states that there is no padding. Padding is never scored.
+            cache: of `scoring_cache`, to score under run-time axes; None is full attention.
         """
 
     @abstractmethod
     def predictions(self, ids: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return what `forward` scores with: logits [B, T, V] and `Score.scored` [B, T].
 
-        Row t of the logits predicts token t given its past; rows not scored hold nothing meaningful.
+        Row t of the logits predicts token t given its past; other rows mean nothing.
         """
 
     @abstractmethod

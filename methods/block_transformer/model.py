@@ -15,6 +15,7 @@ from kvlab.methods.block_transformer.packing import BlockPacker
 from kvlab.methods.block_transformer.params import BlockTransformerParams
 from kvlab.methods.block_transformer.sizes import sizes
 from kvlab.methods.block_transformer.token_decoder import build_token_decoder
+from kvlab.methods.cache.interface import Cache
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.model import Decoder
 from kvlab.methods.model import LanguageModel, Score, Session
@@ -63,9 +64,11 @@ class BlockTransformer(LanguageModel):
             pad_to_block_boundary=params.pad_to_block_boundary,
         )
 
-    def forward(self, ids: Tensor, valid: Tensor | None = None) -> Score:
+    def forward(
+        self, ids: Tensor, valid: Tensor | None = None, cache: Cache | None = None
+    ) -> Score:
         blocks, real = self.blocks(ids, valid)
-        hidden = self._predict(blocks, real)
+        hidden = self._predict(blocks, real, cache)
         nll = self.token_decoder.decoder.nll(hidden.flatten(1, 2), blocks[:, 1:].flatten(1))
         scored = self.scored(blocks, real)
         nll = F.pad(nll, (self.params.block_length, 0)).masked_fill(~scored, 0.0)
@@ -99,9 +102,9 @@ class BlockTransformer(LanguageModel):
         real = torch.unflatten(F.pad(valid, (0, missing), value=False), 1, (-1, length))
         return blocks.masked_fill(~real, PAD), real
 
-    def contexts(self, blocks: Tensor, real: Tensor | None) -> Tensor:
+    def contexts(self, blocks: Tensor, real: Tensor | None, cache: Cache | None = None) -> Tensor:
         """Return the block decoder's output [B, n, D] over blocks [B, n, L_B]."""
-        return self.block_decoder.body(self.embedder(blocks), block_positions(real))
+        return self.block_decoder.body(self.embedder(blocks), block_positions(real), cache)
 
     def scored(self, blocks: Tensor, real: Tensor | None) -> Tensor:
         """Return [B, n L_B] bool: real tokens whose block follows a block that holds something."""
@@ -135,12 +138,12 @@ class BlockTransformer(LanguageModel):
     def describe(self) -> dict[str, Any]:
         return {"config": self.config.to_dict(), "method": self.method.to_dict()}
 
-    def _predict(self, blocks: Tensor, real: Tensor | None) -> Tensor:
+    def _predict(self, blocks: Tensor, real: Tensor | None, cache: Cache | None = None) -> Tensor:
         """Return [B, n - 1, L_B, D_t], what the head predicts the blocks but the first from."""
         if blocks.shape[1] == 1:
             nothing = (len(blocks), 0, self.params.block_length, self.sizes.token.width)
             return self.embedder.table.weight.new_empty(nothing)
-        context = self.contexts(blocks[:, :-1], None if real is None else real[:, :-1])
+        context = self.contexts(blocks[:, :-1], None if real is None else real[:, :-1], cache)
         hidden = self.token_decoder(
             context.flatten(0, 1),
             blocks[:, 1:].flatten(0, 1),

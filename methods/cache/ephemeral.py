@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kvlab.kernels.attention import Rule
 from kvlab.methods.cache.interface import Cache, Keys
+from kvlab.methods.cache.policy import Policy
 
 
 class EphemeralCache(Cache):
-    """Hands each layer the rows of this very pass, and forgets them at its end."""
+    """Hands each layer the rows of this very pass, and forgets them at its end.
 
-    def __init__(self) -> None:
+    Args:
+        policy: whose rule the rows are read under: the pass then reads what a cache of that policy
+            would have kept (see `Policy.rule`). None: the model's own rule.
+    """
+
+    def __init__(self, policy: Policy | None = None) -> None:
+        self._policy = policy
         self._rows: dict[int, Keys] = {}
+
+    def rule(self, layer: int, own: Rule) -> Rule:
+        return own if self._policy is None else self._policy.rule(layer, own)
 
     def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor | None) -> None:
         self._rows[layer] = Keys(k, v, positions)

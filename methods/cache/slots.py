@@ -8,6 +8,7 @@ from torch import Tensor
 from kvlab import KvlabError
 from kvlab.kernels.attention import EMPTY, Rule
 from kvlab.methods.axis import Method, resolve
+from kvlab.methods.cache.ephemeral import EphemeralCache
 from kvlab.methods.cache.interface import Cache, Extra, Keys, Step
 from kvlab.methods.cache.policy import Policy
 from kvlab.methods.decoder.config import DecoderConfig
@@ -192,6 +193,16 @@ def open_cache(
     choice = (apply or resolve({}))["eviction"]
     policy: Policy = choice.value.load()(choice.params)
     return SlotCache(config, policy, batch=batch, rows=tokens, device=device, dtype=dtype)
+
+
+def scoring_cache(apply: Method) -> Cache | None:
+    """Return the cache under which one pass scores what the run-time axes would have kept.
+
+    None where only a token-by-token pass can tell: a choice that depends on content.
+    """
+    choice = apply["eviction"]
+    kind = choice.value.load()
+    return EphemeralCache(kind(choice.params)) if issubclass(kind, Policy) else None
 
 
 def _index(numbers: list[int], device: torch.device) -> slice | Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvlab import KvlabError
 from kvlab.kernels.attention import EMPTY
 from kvlab.methods.axis import Method
+from kvlab.methods.cache.interface import Cache
 from kvlab.methods.cache.slots import open_cache
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.model import Decoder
@@ -34,8 +35,10 @@ class TokenModel(LanguageModel):
         model.load_state_dict(parent.state_dict())
         return model
 
-    def forward(self, ids: Tensor, valid: Tensor | None = None) -> Score:
-        hidden = self.decoder.body(self.decoder.embed(ids), positions_of(valid), ids=ids)
+    def forward(
+        self, ids: Tensor, valid: Tensor | None = None, cache: Cache | None = None
+    ) -> Score:
+        hidden = self.decoder.body(self.decoder.embed(ids), positions_of(valid), cache, ids)
         nll = F.pad(self.decoder.nll(hidden[:, :-1], ids[:, 1:]), (1, 0))
         scored = scored_of(ids, valid)
         return Score(nll if valid is None else nll.masked_fill(~scored, 0.0), scored)

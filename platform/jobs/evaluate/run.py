@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvlab.methods.axis import Method, from_dict
+from kvlab.methods.cache.slots import scoring_cache
 from kvlab.methods.model import LanguageModel
 from kvlab.methods.store import load
 from kvlab.platform.data import corpus
@@ -71,19 +72,20 @@ def _score(
     for start in range(0, len(windows), size):
         batch = slice(start, start + size)
         ids, targets = windows.ids[batch].to(device), windows.targets[batch].to(device)
-        if spec["apply"]:
-            parts.append(_under(model, ids, targets, method, context))
+        cache = scoring_cache(method)
+        if cache is None:
+            parts.append(_token_by_token(model, ids, targets, method, context))
         else:
             valid = windows.valid[batch]
             padding = None if bool(valid.all()) else valid.to(device)
-            parts.append(parallel(model, ids, padding, targets).double().cpu())
+            parts.append(parallel(model, ids, padding, targets, cache).double().cpu())
         if context.stopping():
             raise Stopped
         context.progress(min(start + size, len(windows)), len(windows), "windows")
     return torch.cat(parts)
 
 
-def _under(
+def _token_by_token(
     model: LanguageModel, ids: Tensor, targets: Tensor, method: Method, context: Context
 ) -> Tensor:
     prompt = first_predicted(model, ids)

@@ -9,18 +9,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvlab.methods.axis import Method
+from kvlab.methods.cache.interface import Cache
 from kvlab.methods.model import LanguageModel
 from kvlab.platform.jobs.context import JobError
 
 
 @torch.inference_mode()
-def parallel(model: LanguageModel, ids: Tensor, valid: Tensor | None, targets: Tensor) -> Tensor:
+def parallel(
+    model: LanguageModel,
+    ids: Tensor,
+    valid: Tensor | None,
+    targets: Tensor,
+    cache: Cache | None = None,
+) -> Tensor:
     """Score windows [B, T] in one pass; return [B, T] float32, 0 where there is no target.
+
+    Args:
+        cache: of `scoring_cache`, whose rule stands for what a live cache would have evicted.
 
     Raises:
         JobError: the model does not predict one of the targets.
     """
-    score = model(ids, valid)
+    score = model(ids, valid, cache)
     if bool((targets & ~score.scored).any()):
         place = int((targets & ~score.scored).nonzero()[0, 1])
         raise JobError(f"the model does not predict position {place}: first_target is too early")

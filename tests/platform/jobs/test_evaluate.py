@@ -8,10 +8,12 @@ import torch
 
 from kvlab.methods.axis import from_dict
 from kvlab.methods.build import build
+from kvlab.methods.cache.slots import scoring_cache
 from kvlab.methods.store import load, save
 from kvlab.platform.data import corpus
 from kvlab.platform.data.corpus import Corpus
 from kvlab.platform.jobs.context import JobError
+from kvlab.platform.jobs.evaluate.scoring import first_predicted, parallel, stepwise
 from kvlab.platform.jobs.evaluate.windows import cut
 from kvlab.platform.jobs.local import run_cell
 
@@ -99,6 +101,21 @@ def test_an_arm_that_cannot_predict_a_target_is_refused(data, blocks, tmp_path):
         evaluate(data, blocks, tmp_path, first_target=1)
 
 
+@pytest.mark.parametrize("arm", ["base", "blocks"])
+@pytest.mark.parametrize("window", [1, 3, 64])
+def test_one_pass_scores_what_the_live_cache_gives(arm, window, request):
+    model = load(request.getfixturevalue(arm)).eval()
+    method = from_dict({"eviction": {"sliding_window": {"window": window}}})
+    ids = torch.randint(1, 257, (3, 32), generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(32).expand(3, 32) >= 4
+    at_once = parallel(model, ids, None, targets, scoring_cache(method))
+    prompt = first_predicted(model, ids)
+    one_by_one = torch.stack(list(stepwise(model, ids, targets, method, prompt)), dim=1)
+    assert torch.allclose(at_once[:, prompt:], one_by_one, atol=1e-5)
+    full = parallel(model, ids, None, targets)
+    assert torch.allclose(at_once, full, atol=1e-5) == (window == 64)
+
+
 def test_an_evicted_cache_is_scored_as_it_is_used(data, base, tmp_path):
     window = {"eviction": {"sliding_window": {"window": 6}}}
     result = evaluate(data, base, tmp_path, apply=window)
@@ -117,8 +134,8 @@ def test_an_evicted_cache_is_scored_as_it_is_used(data, base, tmp_path):
 def test_a_window_as_long_as_the_text_changes_nothing(data, arm, tmp_path, request):
     folder = request.getfixturevalue(arm)
     whole = {"eviction": {"sliding_window": {"window": 64}}}
-    stepwise = evaluate(data, folder, tmp_path, apply=whole)
-    assert stepwise["loss"] == pytest.approx(evaluate(data, folder, tmp_path)["loss"], abs=1e-5)
+    windowed = evaluate(data, folder, tmp_path, apply=whole)
+    assert windowed["loss"] == pytest.approx(evaluate(data, folder, tmp_path)["loss"], abs=1e-5)
 
 
 def test_prompts_and_padding_are_no_targets():
