@@ -15,6 +15,7 @@ from kvlab.platform.compare.metrics import METRICS, Metric
 from kvlab.platform.compare.model import Arm, Column, Comparison, Cost, Front, Number
 from kvlab.platform.compare.pareto import Pair, front
 from kvlab.platform.compare.statistics import summarise
+from kvlab.platform.compare.summary import grouped, listed
 
 
 def compare(workflow: Workflow) -> Comparison:
@@ -191,8 +192,9 @@ def _mean_curve(curves: list[tuple[float | None, ...]]) -> tuple[float | None, .
 def _notes(arms: tuple[Arm, ...]) -> list[str]:
     notes = []
     numbers = [(arm, number) for arm in arms for number in arm.numbers.values()]
-    voided = sorted({f"{arm.id}: {number.void}" for arm, number in numbers if number.void})
-    notes += [f"Void, {text}." for text in voided]
+    voided = {arm.id: number.void for arm, number in numbers if number.void}
+    for reason, names in grouped(voided).items():
+        notes.append(f"Void because {reason}: {listed(names)}.")
     if any(number.value is not None and len(number.seeds) == 1 for _, number in numbers):
         notes.append(
             "Some numbers come from one seed: nothing is known about how another seed would move "

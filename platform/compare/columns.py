@@ -155,7 +155,7 @@ def _notes(settings: Sequence[Setting]) -> list[str]:
         notes.append(
             f"Perplexities were measured on {len(quality)} different sets of target tokens "
             f"({names}); numbers of different sets stand in different columns and are never "
-            "compared."
+            "compared. One evaluate job scores all arms it names on common targets."
         )
     devices = {
         (s.details.get("device_name"), s.details.get("threads"))

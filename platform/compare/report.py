@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
@@ -59,7 +59,7 @@ def render(comparison: Comparison, curves: Mapping[str, Curve]) -> str:
         shades=[shade[arm.id] for arm in comparison.arms],
         shade_of=shade,
         charts=drawn,
-        environments=[_flat(found) for found in comparison.environments],
+        facts=_facts(comparison.environments),
         # Safe: our own library and script, and JSON in which no tag can end.
         figures=Markup(figures),  # noqa: S704
         library=Markup(library),  # noqa: S704
@@ -77,9 +77,12 @@ def _hash(text: str) -> str:
     return b64encode(sha256(text.encode()).digest()).decode()
 
 
-def _flat(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [
-        (key, value if isinstance(value, str) else json.dumps(value))
-        for key, value in found.items()
-        if value is not None
-    ]
+def _facts(environments: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Each fact once, with every value it has in some job."""
+    found: dict[str, dict[str, None]] = {}
+    for environment in environments:
+        for key, value in environment.items():
+            if value is not None:
+                text = value if isinstance(value, str) else json.dumps(value)
+                found.setdefault(key, {})[text] = None
+    return [(key, ", ".join(values)) for key, values in found.items()]

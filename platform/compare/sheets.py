@@ -81,7 +81,7 @@ def main_sheet(comparison: Comparison) -> Sheet:
         if trained:
             cells[1:1] = [_parameters(arm)]
             cells.append(_cost(arm))
-        cells.append(_seeds(arm, shown))
+        cells.append(_seeds(arm))
         rows.append(tuple(cells))
     return Sheet("Comparison", _caption(comparison), tuple(headings), tuple(rows))
 
@@ -204,10 +204,16 @@ def _cost(arm: Arm) -> Cell:
     return Cell((Line(time), Line(work, "faint")), "this arm's own training + that of its parents")
 
 
-def _seeds(arm: Arm, columns: Sequence[Column]) -> Cell:
-    counts = [len(number.seeds) for c in columns if (number := arm.number(c.id)).stands]
-    expected = max((arm.number(c.id).expected for c in columns), default=0)
-    least = min(counts, default=0)
+def _seeds(arm: Arm) -> Cell:
+    """The fewest seeds behind any number of the arm, and how many there were to be."""
+    counts = [
+        (len(number.seeds), number.expected)
+        for number in arm.numbers.values()
+        if number.value is not None or number.missing != "not measured"
+    ]
+    if not counts:
+        return Cell((Line("—", "faint"),))
+    least, expected = min(count for count, _ in counts), max(most for _, most in counts)
     if least < expected:
         return Cell((Line(f"{least} of {expected}", "worse"),))
     return Cell((Line(str(expected)),))

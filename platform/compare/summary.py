@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from kvlab.platform.compare.formats import percent_text
 from kvlab.platform.compare.metrics import METRICS
 from kvlab.platform.compare.model import Arm, Change, Column, Comparison
 
+NEGLIGIBLE = 1.05
+"""A ratio of qualities that may be called no loss when the interval ends below it."""
 DEFAULT = ("perplexity", "tokens_per_second", "kv_bytes_per_token")
 
 
@@ -102,16 +104,35 @@ def _worth(comparison: Comparison, columns: Sequence[Column]) -> list[str]:
         if cost.verdict == "better":
             sentences.append(f"{arm.id} is better on {gained} and on {_named(quality[0])}.")
         elif cost.verdict == "not distinguished" and cost.high is not None:
-            sentences.append(
-                f"{arm.id} gains on {gained} at no loss of quality that this study can see; it "
-                f"cannot rule out {_named(quality[0])} up to {percent_text(cost.high)} higher."
-            )
+            sentences.append(_undecided(arm, gained, _named(quality[0]), cost.high))
         elif cost.verdict == "worse":
             sentences.append(
                 f"{arm.id} buys {gained} with {percent_text(cost.ratio)} more "
                 f"{_named(quality[0])}: worth it only where that is acceptable."
             )
     return sentences
+
+
+def _undecided(arm: Arm, gained: str, quality: str, high: float) -> str:
+    worst = f"{quality} up to {percent_text(high)} higher"
+    if high > NEGLIGIBLE:
+        return f"{arm.id} gains on {gained}; its quality is undecided: {worst} is not ruled out."
+    return f"{arm.id} gains on {gained} without a loss of quality that shows: at worst {worst}."
+
+
+def grouped(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    """Names by their reason."""
+    found: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        found.setdefault(reason, []).append(name)
+    return found
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    if len(names) < 2:
+        return "".join(names)
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _front(comparison: Comparison) -> list[str]:
@@ -123,8 +144,9 @@ def _front(comparison: Comparison) -> list[str]:
         sentences.append("No arm beats another on everything: which is best depends on the trade.")
     for loser, winners in front.dominated.items():
         sentences.append(f"{loser} is beaten by {' and '.join(winners)}.")
-    for arm, reason in front.excluded.items():
-        sentences.append(f"{arm} takes no part in the Pareto front ({reason}).")
+    for reason, arms in grouped(front.excluded).items():
+        verb = "takes" if len(arms) == 1 else "take"
+        sentences.append(f"{listed(arms)} {verb} no part in the Pareto front ({reason}).")
     return sentences
 
 

@@ -23,6 +23,10 @@ STYLES: dict[Tone, str] = {
 }
 
 
+NAME_WIDTH = 38
+"""Names of arms are folded beyond this, so that numbers stay in sight."""
+
+
 def draw(comparison: Comparison, console: Console) -> None:
     """Print the tables, the summary in words and the notes, none wider than the console."""
     title = f"{comparison.name} (workflow {comparison.workflow_id}, {comparison.state})"
@@ -63,7 +67,11 @@ def _fits(sheet: Sheet, columns: list[int], console: Console) -> bool:
 def _table(sheet: Sheet, columns: list[int]) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), leading=1)
     for index in columns:
-        table.add_column(_heading(sheet.headings[index]), justify="right" if index else "left")
+        table.add_column(
+            _heading(sheet.headings[index]),
+            justify="right" if index else "left",
+            max_width=None if index else NAME_WIDTH,
+        )
     for row in sheet.rows:
         table.add_row(*(_cell(row[index]) for index in columns))
     return table

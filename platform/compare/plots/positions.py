@@ -7,6 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from kvlab.platform.compare.model import Arm, Comparison
 from kvlab.platform.compare.plots.layout import Chart, Figure, layout, safe, titled
 
+Curve = Sequence[float | None]
+"""The mean loss at each position of a window; None where nothing was scored."""
+
 FOLD = 16
 """Positions that the folded loss shows: a multiple of the usual block lengths."""
 SETTLED = 64
@@ -16,8 +19,8 @@ TEXT = (
     "saw-tooth: drag to zoom."
 )
 FOLDED = (
-    f"The same, averaged over positions that are equal modulo {FOLD} (the first {SETTLED} left "
-    "out): a flat line is a method that treats all positions alike."
+    f"Averaged over positions that are equal modulo {FOLD} (the first {SETTLED} left out): a flat "
+    "line is a method that treats all positions alike."
 )
 
 
@@ -39,28 +42,41 @@ def plot(comparison: Comparison, colour: Mapping[str, str]) -> Iterator[Chart]:
             layout(titled("position in the window"), titled("loss, nats")),
             wide=True,
         )
-        folded = [(arm, means) for arm, curve in curves if (means := fold(curve))]
+        folded = [
+            (arm, means)
+            for arm, curve in curves
+            if (reference := _reference(arm, setting.id, comparison)) is not None
+            and (means := fold(curve, reference))
+        ]
         if folded:
-            x = titled(f"position modulo {FOLD}", dtick=1)
             yield Chart(
                 f"fold-{number}",
                 f"Loss inside a block: {setting.id}",
                 FOLDED,
                 [_line(arm, range(FOLD), means, colour[arm.id], 2.0) for arm, means in folded],
-                layout(x, titled("loss over the arm's mean, nats")),
+                layout(
+                    titled(f"position modulo {FOLD}", dtick=1),
+                    titled(f"loss over {safe(comparison.baseline or '')}, nats"),
+                ),
             )
 
 
-def fold(curve: Sequence[float | None]) -> list[float] | None:
-    """Return the mean loss at each position modulo FOLD, less their mean; None if too short."""
+def fold(curve: Curve, reference: Curve) -> list[float] | None:
+    """Return curve - reference averaged by position modulo FOLD; None where that is too short.
+
+    Both scored the same targets, so how hard the text is at a position drops out.
+    """
     groups: list[list[float]] = [[] for _ in range(FOLD)]
-    for position, value in enumerate(curve):
-        if position >= SETTLED and value is not None:
-            groups[position % FOLD].append(value)
-    if not all(groups):
-        return None
-    means = [sum(group) / len(group) for group in groups]
-    return [mean - sum(means) / FOLD for mean in means]
+    for position, (value, other) in enumerate(zip(curve, reference, strict=False)):
+        if position >= SETTLED and value is not None and other is not None:
+            groups[position % FOLD].append(value - other)
+    return [sum(group) / len(group) for group in groups] if all(groups) else None
+
+
+def _reference(arm: Arm, setting: str, comparison: Comparison) -> Curve | None:
+    """The curve of the arm's baseline; a baseline is set against itself: a line at zero."""
+    other = arm if arm.baseline else comparison.arm(arm.against) if arm.against else None
+    return other.loss_by_position.get(setting) if other else None
 
 
 def _line(

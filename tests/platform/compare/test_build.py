@@ -136,7 +136,7 @@ def test_a_closed_timing_gate_voids_times_but_not_bytes(lab: Any) -> None:
     assert headline(comparison, "base", "kv_bytes_per_token").void is None
     assert comparison.front is not None
     assert comparison.front.excluded == {"base": "tokens/s: the machine was not idle"}
-    assert "Void, base: the machine was not idle." in comparison.notes
+    assert "Void because the machine was not idle: base." in comparison.notes
 
 
 def test_an_unknown_closed_gate_voids_all_of_a_benchmark(lab: Any) -> None:
