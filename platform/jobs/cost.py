@@ -40,23 +40,24 @@ def first_target(config: DecoderConfig, method: Canonical) -> int:
 
 def training(config: DecoderConfig, spec: Mapping[str, Any]) -> Prediction:
     """Predict a train or uptrain job."""
-    length, tokens = spec["sequence_length"], spec["tokens"]
-    return _trained(_of(config, spec["method"]), length, tokens)
+    itemsize = ITEMSIZES.get(spec["precision"], ITEMSIZE)
+    cost = _of(config, spec["method"])
+    return _trained(cost, spec["sequence_length"], spec["tokens"], itemsize)
 
 
 def scoring(config: DecoderConfig, method: Canonical, spec: Mapping[str, Any]) -> Prediction:
     """Predict an evaluate job: one forward pass, a third of a training step."""
-    length, tokens = spec["sequence_length"], spec["tokens"]
-    return _trained(_of(config, method, spec["apply"]), length, tokens / 3)
+    cost = _of(config, method, spec["apply"])
+    return _trained(cost, spec["sequence_length"], spec["tokens"] / 3, ITEMSIZE)
 
 
 @lru_cache(maxsize=4096)
-def _trained(cost: Cost, length: int, tokens: float) -> Prediction:
+def _trained(cost: Cost, length: int, tokens: float, itemsize: int) -> Prediction:
     return Prediction(
         parameters=cost.total_parameters(),
         body_parameters=cost.body_parameters(),
         flops=cost.train_flops_per_token(length) * tokens,
-        kv_bytes_per_token=cost.kv_bytes_per_token(length, ITEMSIZE),
+        kv_bytes_per_token=cost.kv_bytes_per_token(length, itemsize),
     )
 
 

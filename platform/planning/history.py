@@ -23,6 +23,10 @@ NEWEST = 2_000
 SAME_SIZE = 0.02
 """Jobs whose FLOPs differ by less than this share count as one size."""
 
+NEAR = 8.0
+"""Jobs whose FLOPs differ by less than this factor say something about each other's rate: a short
+job's is mostly start-up."""
+
 Basis = Literal["like jobs", "rate of its kind", "assumed rate"]
 
 
@@ -68,9 +72,10 @@ class History:
         alike = [s for f, s in seen if abs(f - flops) <= SAME_SIZE * flops]
         if alike:
             return Duration(median(alike), "like jobs")
-        counted, took = sum(f for f, _ in seen), sum(s for _, s in seen)
-        if counted > 0 and took > 0:
-            return Duration(flops * took / counted, "rate of its kind")
+        near = [(f, s) for f, s in seen if f and flops / NEAR <= f <= flops * NEAR]
+        if near:
+            rate = sum(f for f, _ in near) / sum(s for _, s in near)
+            return Duration(flops / rate, "rate of its kind")
         return Duration(flops / assumed_rate(resources), "assumed rate")
 
 

@@ -178,7 +178,7 @@ def _bases(members: Iterable[Planned]) -> list[str]:
     used = Counter(p.duration.basis if p.duration else None for p in members)
     meaning = {
         "like jobs": "finished jobs of its kind and size",
-        "rate of its kind": "FLOPs at the rate of finished jobs of its kind",
+        "rate of its kind": "FLOPs at the rate of finished jobs of its kind and about its size",
         "assumed rate": f"FLOPs at an assumed {quantity(CORE_FLOPS)}FLOP/s a CPU core, "
         f"{quantity(GPU_FLOPS)}FLOP/s a GPU",
         None: "unknown: no such job has finished yet, and it has no FLOPs to count",
@@ -207,11 +207,14 @@ def quantity(value: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """Return a time as 0.4 s, 12 s, 3.2 min or 5.1 h; empty for none."""
+    """Return a time as 0.43 s, 119 s, 3.2 min or 51 h; empty for none."""
     if value <= 0:
         return ""
-    if value < 100:
-        return f"{value:.2g} s"
-    if value < 6000:
-        return f"{value / 60:.2g} min"
-    return f"{value / 3600:,.3g} h"
+    for size, unit in ((3600, "h"), (60, "min")):
+        if value >= 2 * size:
+            return (
+                f"{value / size:,.1f} {unit}"
+                if value < 10 * size
+                else f"{value / size:,.0f} {unit}"
+            )
+    return f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
