@@ -147,19 +147,19 @@ def ray(home: Home) -> Iterator[Finding]:
         yield Finding("ray", "fail", f"cannot be imported: {error}", "run `make setup`")
         return
     yield Finding("ray", "ok", library.__version__)
-    address, mode = os.environ.get("RAY_ADDRESS"), os.environ.get("RAY_AUTH_MODE")
+    address = os.environ.get("RAY_ADDRESS")
     if not address:
         yield Finding("ray auth", "ok", "no cluster named: kvlab starts Ray on this machine alone")
-    elif mode == "token":
-        yield Finding("ray auth", "ok", f"token, for the cluster at {address}")
+        return
+    from kvlab.platform.controller.cluster import refuse_open_cluster
+
+    try:
+        refuse_open_cluster(address)
+    except KvlabError as error:
+        yield Finding("ray auth", "fail", str(error))
     else:
-        yield Finding(
-            "ray auth",
-            "fail",
-            f"RAY_ADDRESS is {address} and RAY_AUTH_MODE is {mode or 'not set'}",
-            "a cluster without a token runs anyone's code: start it with RAY_AUTH_MODE=token, "
-            "and set that here",
-        )
+        mode = os.environ.get("RAY_AUTH_MODE", "not set")
+        yield Finding("ray auth", "ok", f"cluster at {address}, RAY_AUTH_MODE {mode}")
 
 
 def store(home: Home) -> Iterator[Finding]:

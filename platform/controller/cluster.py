@@ -119,7 +119,7 @@ def connected(address: str) -> Iterator[None]:
     Raises:
         KvlabError: it does not answer, or is not on this machine and takes anybody's jobs.
     """
-    _refuse_open_cluster(address)
+    refuse_open_cluster(address)
     try:
         ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
@@ -192,7 +192,8 @@ def _probe(root: str, token: str) -> str:
     return ""
 
 
-def _refuse_open_cluster(address: str) -> None:
+def refuse_open_cluster(address: str) -> None:
+    """Raise a KvlabError when the cluster is on other machines and runs anybody's code."""
     host = address.removeprefix("ray://").rpartition(":")[0] or address
     if os.environ.get("RAY_AUTH_MODE") == "token" or _loopback(host):
         return

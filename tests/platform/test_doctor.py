@@ -101,4 +101,4 @@ def test_the_command_prints_json_and_its_exit_code_says_fail(home: Home) -> None
     assert done.returncode == 1, done.stderr
     failed = [f for f in json.loads(done.stdout) if f["level"] == "fail"]
     assert [f["name"] for f in failed] == ["ray auth"]
-    assert failed[0]["advice"]
+    assert "RAY_AUTH_MODE=token" in failed[0]["found"]
