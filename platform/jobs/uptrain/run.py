@@ -10,7 +10,7 @@ from kvlab.methods.build import convert
 from kvlab.methods.model import LanguageModel
 from kvlab.methods.store import load
 from kvlab.platform.jobs import environment
-from kvlab.platform.jobs.context import Context
+from kvlab.platform.jobs.context import Context, JobError
 from kvlab.platform.jobs.train.run import publish
 from kvlab.platform.jobs.training.gang import join
 from kvlab.platform.jobs.training.loop import Training, rows_of
@@ -35,15 +35,20 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
         adapter = lora.attach(model, spec["lora"]) if spec["lora"] else None
         objective = Objective(model)
         if spec["distill"]:
-            objective = Objective(model, _teacher(context).to(device), **spec["distill"])
+            objective = Objective(model, _teacher(context, model).to(device), **spec["distill"])
         result = Training(objective, rows_of(model, spec, context), spec, context, gang).run()
         if adapter is not None:
             model = lora.merge(adapter)
         return publish(model, result, context)
 
 
-def _teacher(context: Context) -> LanguageModel:
+def _teacher(context: Context, student: LanguageModel) -> LanguageModel:
     teacher = load(context.inputs.get("teacher", context.inputs["from"]))
+    if teacher.config.vocab_size != student.config.vocab_size:
+        raise JobError(
+            f"the teacher's vocabulary ({teacher.config.vocab_size}) must equal the model's "
+            f"({student.config.vocab_size})"
+        )
     for parameter in teacher.parameters():
         parameter.requires_grad_(False)
     return teacher.eval()

@@ -49,6 +49,18 @@ def test_distillation_pulls_towards_the_teacher(uptrain, base, block, tmp_path, 
     assert away["taught"] < away["elsewhere"]
 
 
+def test_a_teacher_of_other_tokens_is_refused(uptrain, train_spec, data, tmp_path):
+    spec = train_spec(tokens=128)
+    spec["model"] = {"config": {**spec["model"]["config"], "vocab_size": 300}}
+    run_cell("train", spec, {"data": data}, tmp_path / "other")
+    with pytest.raises(JobError, match=r"vocabulary \(300\) must equal the model's \(257\)"):
+        uptrain(
+            inputs={"teacher": tmp_path / "other"},
+            method={},
+            distill={"weight": 0.5, "temperature": 1.0},
+        )
+
+
 def test_the_distilled_loss_is_what_it_says(base, block):
     teacher = load(base)
     student = convert(teacher, from_dict(block(2)))
