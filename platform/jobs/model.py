@@ -21,6 +21,19 @@ from kvlab.platform.jobs.kind import Parent, Settings
 SIZES = ("width", "layers", "heads")
 """What explicit sizes must give; the rest has defaults."""
 
+MODEL_SOURCES = (
+    "kvlab.kernels",
+    "kvlab.methods.build",
+    "kvlab.methods.cache",
+    "kvlab.methods.decoder",
+    "kvlab.methods.model",
+    "kvlab.methods.packing",
+    "kvlab.methods.store",
+    "kvlab.methods.weights",
+    "kvlab.platform.jobs.environment",
+)
+"""Packages and modules that decide what any model does, whatever its method."""
+
 
 class ModelError(KvlabError):
     """A model that cannot be built as written."""

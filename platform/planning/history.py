@@ -74,7 +74,7 @@ class History:
             return Duration(median(alike), "like jobs")
         near = [(f, s) for f, s in seen if f and flops / NEAR <= f <= flops * NEAR]
         if near:
-            rate = sum(f for f, _ in near) / sum(s for _, s in near)
+            rate = sum(f for f, _ in near) / max(sum(s for _, s in near), 1e-3)
             return Duration(flops / rate, "rate of its kind")
         return Duration(flops / assumed_rate(resources), "assumed rate")
 

@@ -12,7 +12,7 @@ from kvlab.platform.graph import Resources
 from kvlab.platform.jobs.field import nested
 from kvlab.platform.jobs.kind import Kind, Parent, Prediction, References, Settings, Surroundings
 from kvlab.platform.jobs.method import MethodField, axis_sources, canonical, compatible
-from kvlab.platform.jobs.model import lineage, method_of
+from kvlab.platform.jobs.model import MODEL_SOURCES, lineage, method_of
 from kvlab.platform.jobs.quantities import Bytes
 from kvlab.platform.jobs.reference import Many
 
@@ -77,9 +77,8 @@ class Benchmark(Kind):
     def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
         return (
             "kvlab.platform.jobs.benchmark",
-            "kvlab.methods.cache",
-            "kvlab.methods.decoder",
-            "kvlab.kernels.attention",
+            "kvlab.platform.jobs.memory",
+            *MODEL_SOURCES,
             *axis_sources(method_of(spec["apply"])),
         )
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from kvlab.methods.axis import Method, resolve
 from kvlab.platform.jobs.kind import Kind, Parent, Prediction, References, Settings, Surroundings
 from kvlab.platform.jobs.method import MethodField, axis_sources, canonical, compatible
-from kvlab.platform.jobs.model import lineage, method_of
+from kvlab.platform.jobs.model import MODEL_SOURCES, lineage, method_of
 from kvlab.platform.jobs.quantities import Count
 from kvlab.platform.jobs.reference import Many
 
@@ -74,7 +74,7 @@ class Evaluate(Kind):
     def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
         return (
             "kvlab.platform.jobs.evaluate",
-            "kvlab.methods.cache",
+            *MODEL_SOURCES,
             *axis_sources(method_of(spec["apply"])),
         )
 

@@ -14,7 +14,14 @@ from kvlab.platform.jobs.checkpoint import trained_method
 from kvlab.platform.jobs.field import nested
 from kvlab.platform.jobs.kind import Kind, Parent, Prediction, Settings, Surroundings
 from kvlab.platform.jobs.method import MethodField, axis_sources, canonical, compatible, uptrained
-from kvlab.platform.jobs.model import ModelError, ModelSettings, config_of, method_of, resolve_model
+from kvlab.platform.jobs.model import (
+    MODEL_SOURCES,
+    ModelError,
+    ModelSettings,
+    config_of,
+    method_of,
+    resolve_model,
+)
 from kvlab.platform.jobs.quantities import Count
 
 INCIDENTAL = frozenset({"checkpoint_every", "parallel"})
@@ -93,10 +100,7 @@ class Train(Kind):
         return (
             "kvlab.platform.jobs.train",
             "kvlab.platform.jobs.training",
-            "kvlab.methods.decoder",
-            "kvlab.methods.packing",
-            "kvlab.methods.store",
-            "kvlab.kernels.attention",
+            *MODEL_SOURCES,
             *axis_sources(method_of(spec["method"])),
         )
 

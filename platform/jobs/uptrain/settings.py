@@ -9,7 +9,7 @@ from pydantic import Field
 
 from kvlab.platform.jobs.kind import Kind, Parent, Prediction, References, Settings, Surroundings
 from kvlab.platform.jobs.method import axis_sources, canonical, uptrained
-from kvlab.platform.jobs.model import lineage, method_of
+from kvlab.platform.jobs.model import MODEL_SOURCES, lineage, method_of
 from kvlab.platform.jobs.reference import One
 from kvlab.platform.jobs.train.settings import (
     INCIDENTAL,
@@ -92,10 +92,7 @@ class Uptrain(Kind):
         return (
             "kvlab.platform.jobs.uptrain",
             "kvlab.platform.jobs.training",
-            "kvlab.methods.decoder",
-            "kvlab.methods.packing",
-            "kvlab.methods.store",
-            "kvlab.kernels.attention",
+            *MODEL_SOURCES,
             *axis_sources(method_of(spec["method"])),
         )
 

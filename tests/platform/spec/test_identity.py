@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from kvlab.platform.graph import Cell
+from kvlab.platform.jobs import KINDS
 from kvlab.platform.spec import identity
 from kvlab.platform.spec.identity import changed, code_digest, explain, identify
 from kvlab.platform.spec.read import load_graph
@@ -125,11 +128,47 @@ def test_moving_code_between_files_counts(package: Path, digest: Callable[[], st
     assert digest() != before
 
 
-def test_our_own_sources_are_found(good: str) -> None:
-    """Every kind and method names sources that exist; evaluations do not rest on trainings'."""
-    cells = {cell.job: cell for cell in load_graph(good).cells}
-    codes = {job: cell.parts["code"] for job, cell in cells.items()}
-    assert len(set(codes.values())) == len(codes)
+HARMLESS = {
+    # Registries and contracts: what they hold is hashed with the values that are chosen.
+    "kvlab.methods.axis", "kvlab.methods.catalog", "kvlab.platform.jobs.context",
+    # Predictions and measurements of memory change no weight and no score.
+    "kvlab.methods.cost", "kvlab.platform.jobs.memory",
+}  # fmt: skip
+"""Modules that jobs import and whose change makes nothing stale."""
+
+IMPORTED = """
+import importlib, json, sys
+from kvlab.methods.axis import from_dict
+importlib.import_module("kvlab.platform.jobs.{kind}.run")
+for canonical in {methods!r}:
+    for choice in from_dict(canonical).choices.values():
+        choice.value.load()
+print(json.dumps([name for name, module in sys.modules.items()
+                  if name.startswith("kvlab.") and getattr(module, "__file__", None)
+                  and not module.__file__.endswith("__init__.py")]))
+"""
+
+
+@pytest.mark.parametrize("job", ["base", "block", "quality", "speed"])
+def test_every_module_that_a_job_runs_is_hashed_with_it_or_its_parents(good: str, job: str) -> None:
+    cells = {cell.name: cell for cell in load_graph(good).cells}
+    last = [cell for cell in cells.values() if cell.job == job][-1]
+
+    def hashed(of: Cell) -> set[str]:
+        own = set(KINDS[of.kind].sources(of.spec))
+        return own.union(*(hashed(cells[name]) for name in of.parents.values()))
+
+    methods = [last.spec.get("method", {}), last.spec.get("apply", {})]
+    code = IMPORTED.format(kind=last.kind, methods=methods)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    sources = hashed(last)
+    missing = [
+        name
+        for name in json.loads(ran.stdout)
+        if not any(name == source or name.startswith(f"{source}.") for source in sources)
+        and not name.endswith(".params")
+    ]
+    assert set(missing) <= HARMLESS
 
 
 def cell(good: str, job: str) -> Cell:
