@@ -13,6 +13,7 @@ from kvlab.db.batches import Batch
 from kvlab.db.rows import Workflow
 from kvlab.db.states import TERMINAL, JobState, WorkflowState
 from kvlab.db.store import Store
+from kvlab.platform.compare import report_of
 from kvlab.platform.tracking.messages import JobMessage, Message, PointMessage, WorkflowMessage
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ class Feed:
 
     def _send(self, mirror: Any, workflow: WorkflowMessage, jobs: list[int]) -> list[Mark]:
         """Send one message, more where there are many points; return what MLflow then holds."""
-        marks: list[Mark] = []
+        sent: list[tuple[int, JobState, int | None]] = []
         message: Message = {"workflow": workflow, "jobs": [], "points": []}
         for job in jobs:
             row = self._message(job)
@@ -166,8 +167,14 @@ class Feed:
                 if len(message["points"]) >= POINTS:
                     _call(mirror, message)
                     message = {"workflow": workflow, "jobs": [row], "points": []}
-            marks.append(self._mark(job, JobState(row["state"]), step))
+            sent.append((job, JobState(row["state"]), step))
         _call(mirror, message)
+        # Only now: what a failed call lost has to be sent again.
+        marks = [self._mark(*held) for held in sent]
+        if (state := workflow["state"]) != WorkflowState.RUNNING:
+            report = report_of(self._store, workflow["id"], WorkflowState(state))
+            if report is not None:
+                _call(mirror, {"workflow": workflow, "report": report})
         return marks
 
     def _mark(self, job: int, state: JobState, step: int | None) -> Mark:
