@@ -105,7 +105,7 @@ class Kind(ABC):
         return Prediction()
 
     def run(self, spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
-        """Do the job; return its result (JSON: see docs/results-schema.md)."""
+        """Do the job; return its result (JSON: see docs/jobs.md)."""
         module = importlib.import_module(f"kvlab.platform.jobs.{self.name}.run")
         result: dict[str, Any] = module.run(spec, context)
         return result
