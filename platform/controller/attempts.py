@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kvlab.db.batches import Batch
 from kvlab.db.states import Cause, JobState
-from kvlab.platform.controller.inbox import Lost, Told, Up
+from kvlab.platform.controller.inbox import Lost, TakenBack, Told, Up
 from kvlab.platform.controller.jobs import Jobs
 from kvlab.platform.controller.ledger import Ledger
 from kvlab.platform.controller.leftovers import forget_checkpoints
@@ -22,6 +22,11 @@ from kvlab.platform.worker.message import Assignment
 
 REUSED_AFTER = frozenset({Cause.DONE, Cause.USER_ERROR, Cause.DIVERGED, Cause.STOPPED})
 """Ends that leave a worker process fit for another job."""
+
+QUICK_SECONDS = 0.1
+"""A worker whose last job took less is given the next ones before it asks."""
+
+WAITED = "it waited behind a job that took long or ended its worker"
 
 STARTS = 5
 """Workers that may fail to start, one after another, before the workflow gives up."""
@@ -47,7 +52,7 @@ class Attempts:
         self._slots = slots
         self._pool = pool
         self._ledger = ledger
-        self._by_slot: dict[int, int] = {}
+        self._by_slot: dict[int, list[int]] = {}
         self.running: dict[int, Running] = {}
         self.failed_starts = 0
         self.start_error = ""
@@ -71,11 +76,8 @@ class Attempts:
     def told(self, message: Told, now: float) -> None:
         """A worker reported: take what is new, and the end if it came."""
         report = message.report
-        job = self._by_slot.get(message.slot)
-        if job is None or report.key is None:
-            return
-        running = self.running[job]
-        if running.key != report.key:
+        running = None if report.key is None else self.running.get(report.key[0])
+        if running is None or running.key != report.key or running.slot != message.slot:
             return
         if report.rank == 0:
             tail = running.tail
@@ -96,26 +98,38 @@ class Attempts:
         self._judge(running, now)
 
     def lost(self, message: Lost, now: float) -> None:
-        """A worker is dead. What its spool still holds counts, an end record included."""
+        """A worker is dead. What its spools still hold counts, an end record included."""
         slot = message.slot
         if slot not in self._slots:
             return
-        job = self._by_slot.get(slot)
-        if job is None:
+        if slot not in self._by_slot:
             if self._slots[slot].state is SlotState.STARTING:
                 self.failed_starts += 1
                 self.start_error = message.reason
-            self._drop(slot)
+            self._drop(slot, now)
             return
-        running = self.running[job]
-        self._read_file(running, now)
         cause = Cause.OUT_OF_MEMORY if message.memory else Cause.NODE_LOST
-        end: End = running.tail.end or {"cause": cause, "message": message.reason}
-        if running.workers == 1:
-            self.end(job, end, now, kill=True)
-            return
-        # Which rank it was does not matter: one is gone, so the attempt ends.
-        running.rank_ended(-1, {"cause": cause, "message": message.reason}, now)
+        end: End = {"cause": cause, "message": message.reason}
+        for job in list(self._by_slot[slot]):
+            running = self.running[job]
+            self._read_file(running, now)
+            if running.workers > 1:
+                # Which rank it was does not matter: one is gone, so the attempt ends.
+                running.rank_ended(-1, end, now)
+                return
+            if running.tail.end is None:
+                # The first without an end was the one that ran; `_drop` queues the rest again.
+                self.end(job, end, now, kill=True)
+                return
+            self.end(job, running.tail.end, now)
+        self._drop(slot, now)
+
+    def taken_back(self, message: TakenBack, now: float) -> None:
+        """An attempt had not begun: its job is queued again."""
+        job = message.key[0]
+        if job in self.running and self.running[job].key == message.key:
+            self.running[job].asked = True
+            self.end(job, {"cause": Cause.STOPPED, "message": WAITED}, now, worked_until=0.0)
 
     def settle(self, now: float) -> None:
         """End gangs whose ranks had time to say why, and attempts that ran out of theirs."""
@@ -164,7 +178,7 @@ class Attempts:
         checkpointed = running.tail.checkpoint is not None or attempt > 1
         self._ledger.then(lambda: self._clean(job, attempt, done and checkpointed))
         fit = not kill and cause in REUSED_AFTER and (workers == 1 or done)
-        self._leave(running.slot, workers, fit, now)
+        self._leave(running, fit, now, quick=done)
 
     def moved(self, moves: list[Move]) -> None:
         """Store moves that followed from something."""
@@ -176,9 +190,16 @@ class Attempts:
         """Acknowledge and ask for news where it is time."""
         interval = max(POLL_SECONDS, len(self.running) / POLLS_PER_SECOND)
         for running in self.running.values():
-            if running.poll_at <= now and running.slot is not None:
-                running.poll_at = now + interval
-                self._pool.poll(running.slot, running.key, running.tail.acknowledged)
+            if running.poll_at > now or running.slot is None:
+                continue
+            running.poll_at = now + interval
+            first, *behind = self._by_slot[running.slot]
+            if first != running.tail.job:
+                continue
+            self._pool.poll(running.slot, running.key, running.tail.acknowledged)
+            for job in behind:
+                # The first is not quick after all, so others can do these sooner.
+                self._pool.recall(running.slot, self.running[job].key)
 
     def next_poll(self) -> float | None:
         return min((running.poll_at for running in self.running.values()), default=None)
@@ -212,7 +233,7 @@ class Attempts:
             slot = self._slots.add_busy(shape, nodes)
             self._pool.adopt(slot.id, last.worker, shape.workers)
             running.slot = slot.id
-            self._by_slot[slot.id] = job
+            self._by_slot[slot.id] = [job]
             self._schedule.watch(job, last.started_at)
             return
         running.asked = True
@@ -239,7 +260,7 @@ class Attempts:
         self._jobs.note(job, attempt, JobState.RUNNING, started_at=now, ended_at=None)
         first = now + POLL_SECONDS
         self.running[job] = Running(Tail(job, attempt), slot, workers, now, now, first)
-        self._by_slot[slot] = job
+        self._by_slot.setdefault(slot, []).append(job)
         one = self._slots[slot]
         inputs = self._jobs.inputs(job)
         assignments = [
@@ -263,19 +284,23 @@ class Attempts:
         ]
         self._ledger.then(lambda: self._pool.run(slot, assignments))
 
-    def _leave(self, slot: int | None, workers: int, fit: bool, now: float) -> None:
+    def _leave(self, running: Running, fit: bool, now: float, quick: bool) -> None:
         """An attempt leaves its slot: for another job, or for good."""
+        slot = running.slot
         if slot is None:
             return
-        del self._by_slot[slot]
+        self._by_slot[slot].remove(running.tail.job)
+        if not self._by_slot[slot]:
+            del self._by_slot[slot]
         if not fit:
-            self._drop(slot)
-        elif workers > 1:
+            self._drop(slot, now)
+        elif running.workers > 1:
             # Its ranks need a fresh address before the next job.
             self._slots.starting(slot)
-            self._ledger.then(lambda: self._pool.greet(slot))
+            self._ledger.then(partial(self._pool.greet, slot))
         else:
-            self._slots.idle(slot, now)
+            took = now - max(running.since, self._slots[slot].idle_since)
+            self._slots.idle(slot, now, quick=quick and took < QUICK_SECONDS)
 
     def _took(self, running: Running, now: float) -> None:
         tail = running.tail
@@ -303,9 +328,14 @@ class Attempts:
         if tail.checkpoint is not None:
             running.kept = _modified(Path(tail.checkpoint[1]), running.kept)
 
-    def _drop(self, slot: int) -> None:
+    def _drop(self, slot: int, now: float) -> None:
+        """Kill the slot; what waited in it is queued again."""
         self._slots.remove(slot)
-        self._ledger.then(lambda: self._pool.kill(slot))
+        self._ledger.then(partial(self._pool.kill, slot))
+        for job in self._by_slot.pop(slot, []):
+            running = self.running[job]
+            running.slot, running.asked = None, True
+            self.end(job, {"cause": Cause.STOPPED, "message": WAITED}, now, worked_until=0.0)
 
     def _clean(self, job: int, attempt: int, checkpointed: bool) -> None:
         self._home.spool(job, attempt).unlink(missing_ok=True)

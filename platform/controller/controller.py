@@ -18,6 +18,7 @@ from kvlab.platform.controller.inbox import (
     LeaseOver,
     Lost,
     Message,
+    TakenBack,
     Told,
     Up,
 )
@@ -205,6 +206,8 @@ class Controller:
                 attempts.up(message, now)
             case Lost():
                 attempts.lost(message, now)
+            case TakenBack():
+                attempts.taken_back(message, now)
             case Asked(what="cancel"):
                 self._cancel(attempts, now)
             case Asked():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 from dataclasses import dataclass
 
-from kvlab.platform.worker.message import Hello, Report
+from kvlab.platform.worker.message import Hello, Key, Report
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,14 @@ class Lost:
 
 
 @dataclass(frozen=True, slots=True)
+class TakenBack:
+    """An attempt that was given to a slot too early has not begun and will not."""
+
+    slot: int
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
 class Asked:
     """Somebody asks for something: "stop", "kill" or "cancel"."""
 
@@ -48,7 +56,7 @@ class LeaseOver:
     error: Exception
 
 
-Message = Up | Told | Lost | Asked | LeaseOver
+Message = Up | Told | Lost | TakenBack | Asked | LeaseOver
 
 
 class Inbox:

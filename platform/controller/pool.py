@@ -17,11 +17,11 @@ from ray.util.scheduling_strategies import (
     PlacementGroupSchedulingStrategy,
 )
 
-from kvlab.platform.controller.inbox import Inbox, Lost, Told, Up
+from kvlab.platform.controller.inbox import Inbox, Lost, TakenBack, Told, Up
 from kvlab.platform.controller.slots import Room, Slot, Slots, node_room
 from kvlab.platform.home import Home
 from kvlab.platform.worker.actor import GROUPS, Worker
-from kvlab.platform.worker.message import Assignment, Hello, Key, Report
+from kvlab.platform.worker.message import Assignment, Hello, Key, Recalled, Report
 
 NAMESPACE = "kvlab"
 ORPHAN_SECONDS = 600.0
@@ -53,7 +53,8 @@ class Pool:
 
     def __init__(self, home: Home, *, detached: bool = False) -> None:
         self.inbox = self._inbox = Inbox()
-        self.slots = Slots(self.nodes())
+        # An attempt that waits behind another is no adopter's to find: a cluster has none.
+        self.slots = Slots(self.nodes(), depth=1) if detached else Slots(self.nodes())
         self._home = home
         self._detached = detached
         self._crews: dict[int, _Crew] = {}
@@ -149,6 +150,15 @@ class Pool:
         for rank, actor in enumerate(crew.actors):
             crew.polling += 1
             self._when(slot, actor.poll.remote(key, acknowledged if rank == 0 else 0), answered)
+
+    def recall(self, slot: int, key: Key) -> None:
+        """Ask an attempt back that waits for the one before it; `TakenBack` follows if it is."""
+
+        def answered(recalled: Recalled) -> None:
+            if recalled.given_back:
+                self._inbox.put(TakenBack(slot, key))
+
+        self._when(slot, self._crews[slot].actors[0].recall.remote(key), answered)
 
     def stop(self, slot: int, key: Key) -> None:
         """Ask the job to checkpoint and stop."""

@@ -17,6 +17,9 @@ from kvlab.platform.graph import Resources
 
 IDLE_SECONDS = 60.0
 
+DEPTH = 4
+"""Jobs that a worker is given at once where its last one was quick: none waits for a message."""
+
 
 @dataclass(frozen=True, slots=True)
 class Room:
@@ -44,12 +47,18 @@ class SlotState(StrEnum):
 
 @dataclass(slots=True)
 class Slot:
-    """Workers of one shape. `places`: node and room of each rank."""
+    """Workers of one shape.
+
+    Attributes:
+        places: node and room of each rank. jobs: how many it has been given and not ended.
+        idle_since: when its last job ended.
+    """
 
     id: int
     shape: Resources
     places: tuple[tuple[str, Room], ...]
     state: SlotState = SlotState.STARTING
+    jobs: int = 0
     idle_since: float = 0.0
 
     @property
@@ -71,14 +80,16 @@ class Slots:
     """The pool's books. Killing and creating is for the caller to do.
 
     Args:
-        nodes: node -> what it has.
+        nodes: node -> what it has. depth: see `DEPTH`; 1 gives every worker one job at a time.
     """
 
-    def __init__(self, nodes: Mapping[str, Room]) -> None:
+    def __init__(self, nodes: Mapping[str, Room], depth: int = DEPTH) -> None:
+        self._depth = depth
         self._total = dict(nodes)
         self._free = dict(nodes)
         self._slots: dict[int, Slot] = {}
         self._idle: dict[Resources, list[int]] = defaultdict(list)
+        self._quick: dict[Resources, set[int]] = defaultdict(set)
         self._starting: defaultdict[Resources, int] = defaultdict(int)
         self._next = 1
 
@@ -112,7 +123,7 @@ class Slots:
             while idle and schedule.ready(shape):
                 slot = idle.pop()
                 self._slots[slot].state = SlotState.BUSY
-                decision.run.append((schedule.take(shape), slot))
+                self._give(slot, schedule, decision)
         for shape in shapes:
             while schedule.ready(shape) > self._starting[shape]:
                 places = self._place(shape, dict(self._free))
@@ -125,6 +136,11 @@ class Slots:
                     decision.kill += victims
                     continue
                 decision.create.append(self._add(shape, places))
+        for shape in shapes:
+            for depth in range(1, self._depth):
+                for slot in self._quick[shape]:
+                    if schedule.ready(shape) and self._slots[slot].jobs == depth:
+                        self._give(slot, schedule, decision)
         return decision
 
     def add_busy(self, shape: Resources, nodes: tuple[str, ...]) -> Slot:
@@ -132,26 +148,39 @@ class Slots:
         slot = self._add(shape, tuple((node, self._room(shape, node)) for node in nodes))
         self._starting[shape] -= 1
         slot.state = SlotState.BUSY
+        slot.jobs = 1
         return slot
 
-    def idle(self, slot: int, now: float) -> None:
-        """The slot is up, or its job ended: it can take another one."""
+    def idle(self, slot: int, now: float, *, quick: bool = False) -> None:
+        """The slot is up, or a job of it ended: it can take another one.
+
+        Args:
+            quick: the job took so little that the next may be given before it is asked for.
+        """
         one = self._slots[slot]
         if one.state is SlotState.STARTING:
             self._starting[one.shape] -= 1
-        one.state = SlotState.IDLE
+        one.jobs = max(0, one.jobs - 1)
         one.idle_since = now
-        self._idle[one.shape].append(slot)
+        if quick and one.shape.workers == 1 and not one.shape.exclusive:
+            self._quick[one.shape].add(slot)
+        else:
+            self._quick[one.shape].discard(slot)
+        if one.jobs == 0:
+            one.state = SlotState.IDLE
+            self._idle[one.shape].append(slot)
 
     def starting(self, slot: int) -> None:
         """The slot's job ended, but it has to say hello again before the next."""
         one = self._slots[slot]
         one.state = SlotState.STARTING
+        one.jobs = 0
         self._starting[one.shape] += 1
 
     def remove(self, slot: int) -> None:
         """The slot is dead or about to be: its room is free."""
         one = self._slots.pop(slot)
+        self._quick[one.shape].discard(slot)
         if one.state is SlotState.STARTING:
             self._starting[one.shape] -= 1
         elif one.state is SlotState.IDLE:
@@ -170,6 +199,11 @@ class Slots:
         for slot in old:
             self.remove(slot)
         return old
+
+    def _give(self, slot: int, schedule: Schedule, decision: Decision) -> None:
+        one = self._slots[slot]
+        one.jobs += 1
+        decision.run.append((schedule.take(one.shape), slot))
 
     def _add(self, shape: Resources, places: tuple[tuple[str, Room], ...]) -> Slot:
         slot = self._slots[self._next] = Slot(self._next, shape, places)

@@ -13,7 +13,7 @@ import ray
 from kvlab.platform.home import Home
 from kvlab.platform.worker.attempt import Attempt
 from kvlab.platform.worker.capture import Capture
-from kvlab.platform.worker.message import Assignment, Hello, Key, Report
+from kvlab.platform.worker.message import Assignment, Hello, Key, Recalled, Report
 
 GROUPS = {"jobs": 1, "control": 1}
 """Ray's concurrency groups: a running job never keeps a poll waiting."""
@@ -31,6 +31,10 @@ class Worker:
         self._home = Home(Path(root), "")
         self._capture = Capture.install()
         self._attempt: Attempt | None = None
+        self._lock = threading.Lock()
+        self._begun: set[Key] = set()
+        self._recalled: set[Key] = set()
+        self._to_stop: set[Key] = set()
         self._heard = time.monotonic()
         if orphan_seconds is not None:
             threading.Thread(
@@ -51,9 +55,15 @@ class Worker:
     @ray.method(concurrency_group="jobs")
     def run(self, assignment: Assignment) -> Report:
         """Run the job to its end; the answer holds the spool's first piece."""
-        if self._attempt is not None:
-            self._attempt.close()
-        self._attempt = attempt = Attempt(assignment, self._home, self._capture)
+        with self._lock:
+            if assignment.key in self._recalled:
+                return Report(key=None)
+            if self._attempt is not None:
+                self._attempt.close()
+            self._attempt = attempt = Attempt(assignment, self._home, self._capture)
+            self._begun.add(assignment.key)
+            if assignment.key in self._to_stop:
+                attempt.stop()
         attempt.run()
         self._heard = time.monotonic()
         return attempt.report()
@@ -72,9 +82,20 @@ class Worker:
     @ray.method(concurrency_group="control")
     def stop(self, key: Key) -> None:
         """Ask the job of attempt `key` to checkpoint and stop."""
-        attempt = self._attempt
-        if attempt is not None and attempt.assignment.key == key:
-            attempt.stop()
+        with self._lock:
+            attempt = self._attempt
+            if attempt is not None and attempt.assignment.key == key:
+                attempt.stop()
+            self._to_stop.add(key)
+
+    @ray.method(concurrency_group="control")
+    def recall(self, key: Key) -> Recalled:
+        """Take back an attempt that still waits for the one before it."""
+        with self._lock:
+            if key in self._begun:
+                return Recalled(key, given_back=False)
+            self._recalled.add(key)
+            return Recalled(key, given_back=True)
 
     def _end_orphan(self, seconds: float) -> None:
         while True:

@@ -63,6 +63,14 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True)
+class Recalled:
+    """The answer to a recall: whether the attempt had not begun, and now never will."""
+
+    key: Key
+    given_back: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Hello:
     """What a worker says once it is up. `rendezvous`: a free address on its node."""
 

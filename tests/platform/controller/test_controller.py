@@ -206,6 +206,26 @@ def test_shapes_take_turns_on_the_same_cpus(run, cell):
     assert outcome.state is WorkflowState.DONE
 
 
+def test_jobs_are_taken_back_from_behind_one_that_is_long(run, cell):
+    quick = [cell(f"quick{n}") for n in range(30)]
+    long = [cell(f"long{n}", sleep=1.0) for n in range(8)]
+    outcome, jobs = run(*quick, *long)
+    assert outcome.state is WorkflowState.DONE
+    for job in jobs.values():
+        *early, last = causes(job)
+        assert last is Cause.DONE
+        assert set(early) <= {Cause.STOPPED}
+        assert all(attempt.lost_seconds == 0 for attempt in job.attempts)
+
+
+def test_jobs_behind_one_that_dies_are_not_charged(run, cell):
+    cells = [cell(f"quick{n}") for n in range(30)]
+    cells[20] = cell("dies", fail="exit")
+    outcome, jobs = run(*cells)
+    assert outcome.counts == {JobState.DONE: 29, JobState.FAILED: 1}
+    assert causes(jobs["dies"]) == [Cause.NODE_LOST]
+
+
 def test_lost_work_is_counted_from_the_last_checkpoint(run, cell):
     retries = {Cause.NODE_LOST: 1}
     _, jobs = run(

@@ -125,6 +125,31 @@ def test_a_nodes_room_is_read_from_ray():
     assert room == Room(2.0, 0.0, 5e9)
 
 
+def test_a_quick_worker_is_given_the_next_jobs_before_it_asks():
+    slots = Slots({"a": Room(1)}, depth=3)
+    schedule = queued(*[ONE] * 8)
+    ((_, slot),) = warm(slots, schedule).run
+    schedule.ended(0, Cause.DONE, 1.0)
+    slots.idle(slot, 1.0, quick=True)
+    decision = slots.decide(schedule)
+    start(schedule, decision)
+    assert decision.run == [(1, slot), (2, slot), (3, slot)]
+    schedule.ended(1, Cause.DONE, 2.0)
+    slots.idle(slot, 2.0, quick=False)
+    assert slots.decide(schedule).run == []
+    assert slots[slot].jobs == 2
+
+
+def test_gangs_and_measurements_are_never_queued_behind():
+    for shape in (GANG, ALONE):
+        slots = Slots({"a": Room(2)})
+        schedule = queued(shape, shape)
+        ((_, slot),) = warm(slots, schedule).run
+        schedule.ended(0, Cause.DONE, 1.0)
+        slots.idle(slot, 1.0, quick=True)
+        assert len(slots.decide(schedule).run) == 1
+
+
 @settings(deadline=None, max_examples=100)
 @given(
     st.lists(st.sampled_from([ONE, TWO, ALONE, GANG, Resources(cpus=1, gpus=1)]), min_size=1),
