@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from kvlab import KvlabError
+from kvlab import KvlabError, __version__
 
 COMMANDS = {
     "validate": "Check a workflow YAML and report every mistake at once.",
@@ -62,9 +62,19 @@ app = typer.Typer(
 )
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"kvlab {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def root() -> None:
-    """Typer needs a callback to build a group before any command is known."""
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Typer builds a group only around a callback; the commands come from `COMMANDS`."""
 
 
 def main() -> None:
