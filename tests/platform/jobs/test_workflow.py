@@ -15,7 +15,7 @@ jobs:
   base: {train: {method: full_attention, tokens: 1k, batch_size: 4}}
   block:
     matrix: {uptrain.method.block_transformer.block_length: [2, 4]}
-    uptrain: {from: base, method: {block_transformer: {block_length: 2}}, tokens: 512, batch_size: 4}
+    uptrain: {from: base, method: {block_transformer: {block_length: 2}}, tokens: 512}
   taught:
     uptrain:
       from: base
