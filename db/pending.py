@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from kvlab.db.states import JobState
@@ -24,10 +24,7 @@ _READ = select(_J.id, *(_J[name] for name in _CHANGING)).where(
 _SAVE = (
     update(JOBS)
     .where(_J.id == bindparam("of_job"))
-    .values(
-        result=func.coalesce(bindparam("new_result"), _J.result),
-        **{name: bindparam(f"new_{name}") for name in _CHANGING},
-    )
+    .values({name: bindparam(f"new_{name}") for name in (*_CHANGING, "result")})
 )
 _CLOSE = (
     update(ATTEMPTS)
@@ -52,7 +49,10 @@ _KEEP = {"sqlite": _keep(sqlite.insert), "postgresql": _keep(postgresql.insert)}
 
 @dataclass(slots=True)
 class Head:
-    """A job's changing columns, as they will stand once the batch is written."""
+    """A job's changing columns, as they will stand once the batch is written.
+
+    `result` is not read: only the move to DONE sets it, and nothing leaves DONE.
+    """
 
     id: int
     state: JobState
@@ -149,7 +149,7 @@ class Pending:
         send = self.connection.execute
         changed = [head for head in self.heads.values() if head.changed]
         if changed:
-            names = ("result", *_CHANGING)
+            names = (*_CHANGING, "result")
             send(
                 _SAVE,
                 [

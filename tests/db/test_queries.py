@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from sqlalchemy import event
+
 from kvlab.db.states import Cause, JobState, WorkflowState
 from kvlab.db.store import Store
 
@@ -78,6 +80,25 @@ def test_finished_takes_more_identities_than_one_statement(lab: Any) -> None:
     lab.finish(lab.jobs[0])
     wanted = [f"missing {n}" for n in range(12_000)] + ["identity of a"]
     assert list(lab.store.finished(wanted)) == ["identity of a"]
+
+
+def test_what_is_loaded_is_one_instants(lab: Any, store_url: str) -> None:
+    """A batch is committed after the first statement of the reader: it sees none of it."""
+    job = lab.jobs[0]
+    lab.start(job)
+    before = lab.store.load(lab.workflow)
+    written: list[bool] = []
+
+    def write(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith("SELECT") and not written:
+            written.append(True)
+            lab.end(job, 1, Cause.DONE, JobState.DONE, result={}, artifact_uri="file:///x")
+
+    with Store.open(store_url) as reader:
+        event.listen(reader._engine, "after_cursor_execute", write)
+        assert reader.load(lab.workflow) == before
+        assert reader.load(lab.workflow) == lab.store.load(lab.workflow) != before
+    assert written
 
 
 def test_readers_see_whole_batches_and_never_wait(lab: Any, store_url: str) -> None:
