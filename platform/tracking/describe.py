@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
 from kvlab.db.states import JobState, WorkflowState
+from kvlab.platform.compare.labels import FULL, Canonical
+from kvlab.platform.compare.metrics import AT_BUDGET, RATES
 from kvlab.platform.tracking.messages import JobMessage, WorkflowMessage
 
 STATUS: Mapping[JobState, str] = {
@@ -41,14 +43,19 @@ _SETTINGS = (
     "dtype", "kv_budget",
 )  # fmt: skip
 _RATES = ("tokens_per_second", "decode_tokens_per_second", "time_to_first_token")
-_SCALARS: Mapping[str, tuple[str, ...]] = {
-    "train": (
-        "tokens", "seconds", "tokens_per_second", "flops", "body_parameters", "parameters",
-        "peak_memory_bytes",
-    ),
-    "evaluate": ("perplexity", "perplexity_per_byte", "bits_per_byte"),
-    "data": ("vocab_size", "train_tokens", "heldout_tokens"),
-}  # fmt: skip
+_SAME = ("tokens", "seconds", "flops", "body_parameters", "parameters", "peak_memory_bytes")
+_QUALITY = ("perplexity", "perplexity_per_byte", "bits_per_byte")
+_SCALARS: Mapping[str, Mapping[str, str]] = {
+    # A training logs `loss` and `tokens_per_second` as it goes: its end has names of its own.
+    "train": {
+        **{name: name for name in _SAME},
+        "loss": "final_loss",
+        "tokens_per_second": "mean_tokens_per_second",
+    },
+    "evaluate": {**{name: name for name in _QUALITY}, "loss": "final_loss"},
+    "data": {name: name for name in ("vocab_size", "train_tokens", "heldout_tokens")},
+}
+"""Kind -> what of its result is shown, and as what."""
 
 
 def workflow_tags(workflow: WorkflowMessage) -> dict[str, str]:
@@ -87,11 +94,12 @@ def params(job: JobMessage) -> dict[str, str]:
     """Parameters to group and filter by: method, how it is applied, axes, sizes, settings."""
     spec = job["spec"]
     model = job.get("model") or spec
-    found: dict[str, Any] = {**job["axes"], "kind": job["kind"]}
+    found: dict[str, Any] = {**job["axes"]}
     if "method" in model:
-        found["method"] = _method(model["method"])
+        found.update(_choices(model["method"]), method=_names(model["method"]) or FULL)
     if "apply" in spec:
-        found["apply"] = _method(spec["apply"]) if spec["apply"] else "none"
+        found.update(_choices(spec["apply"]), apply=_names(spec["apply"]) or "none")
+    found["kind"] = job["kind"]
     config = (model.get("model") or {}).get("config") or {}
     found.update({name: config[name] for name in _SIZES if name in config})
     found.update({name: spec[name] for name in _SETTINGS if spec.get(name) is not None})
@@ -105,16 +113,14 @@ def metrics(job: JobMessage) -> Iterator[tuple[str, float, int]]:
     result = job.get("result") or {}
     kind = "train" if "flops" in result else job["kind"]
     if kind == "benchmark":
-        yield from _benchmark(result)
+        yield from _benchmark(job["spec"], result)
         return
-    names = _SCALARS.get(kind)
-    if names is None:
-        names = tuple(name for name, value in result.items() if _number(value))[:MOST_METRICS]
-    for name in names:
+    names = _SCALARS.get(kind) or {
+        name: name for name in [key for key in result if _number(result[key])][:MOST_METRICS]
+    }
+    for name, shown in names.items():
         if _number(value := result.get(name)):
-            yield key_text(name), float(value), 0
-    if _number(loss := result.get("loss")) and kind in _SCALARS:
-        yield "final_loss", float(loss), 0
+            yield key_text(shown), float(value), 0
     curve = result.get("loss_by_position") or ()
     stride = max(1, math.ceil(len(curve) / 500))
     for position in range(0, len(curve), stride):
@@ -122,22 +128,29 @@ def metrics(job: JobMessage) -> Iterator[tuple[str, float, int]]:
             yield "loss_by_position", float(curve[position]), position
 
 
-def _benchmark(result: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:
-    """The rates at the largest batch under their plain names, and at each batch as a curve."""
+def _benchmark(
+    spec: Mapping[str, Any], result: Mapping[str, Any]
+) -> Iterator[tuple[str, float, int]]:
+    """The numbers at the largest batch asked for under their plain names, rates also by batch."""
     rows = sorted(result.get("rows") or (), key=lambda row: row["batch"])
+    asked = [row for row in rows if row["batch"] in spec.get("batch", ())] or rows
     for row in rows:
         for name in _RATES:
-            raw = row.get(name)
-            value = raw.get("median") if isinstance(raw, Mapping) else raw
-            if _number(value):
+            if _number(value := _median(row.get(name))):
                 yield f"{name}_by_batch", float(value), int(row["batch"])
-                if row is rows[-1]:
+                if row is asked[-1]:
                     yield name, float(value), 0
+                if name in RATES and row["batch"] == result.get("largest_batch"):
+                    yield name + AT_BUDGET, float(value), 0
     for name in ("kv_bytes_per_token", "kv_bytes_per_token_predicted", "peak_memory_bytes"):
-        if rows and _number(rows[-1].get(name)):
-            yield name, float(rows[-1][name]), 0
-    if _number(result.get("largest_batch")):
-        yield "largest_batch", float(result["largest_batch"]), 0
+        if asked and _number(value := asked[-1].get(name)):
+            yield name, float(value), 0
+    if _number(largest := result.get("largest_batch")):
+        yield "largest_batch", float(largest), 0
+
+
+def _median(raw: Any) -> Any:
+    return raw.get("median") if isinstance(raw, Mapping) else raw
 
 
 def key_text(name: str) -> str:
@@ -159,10 +172,19 @@ def milliseconds(seconds: float) -> int:
     return round(seconds * 1000)
 
 
-def _method(canonical: Mapping[str, Any]) -> str:
-    from kvlab.platform.compare.labels import FULL, method_text
+def _names(canonical: Canonical) -> str:
+    return "+".join(name for choices in canonical.values() for name in choices)
 
-    return method_text(canonical) or FULL
+
+def _choices(canonical: Canonical) -> dict[str, Any]:
+    """Every parameter of a method that is set, under its own name."""
+    return {
+        key: value
+        for choices in canonical.values()
+        for parameters in choices.values()
+        for key, value in parameters.items()
+        if value is not None
+    }
 
 
 def _number(value: Any) -> TypeGuard[float]:

@@ -100,7 +100,7 @@ def test_a_workflow_is_a_run_with_its_jobs_nested_under_it(uri: str, tmp_path: P
     assert child.data.tags["kvlab.workflow_id"] == "7"
     assert child.data.tags["kvlab.job_id"] == "2"
     assert child.data.params == {
-        "kind": "evaluate", "method": "block_transformer(block_length=2)", "apply": "none",
+        "kind": "evaluate", "method": "block_transformer", "apply": "none",
         "seed": "0", "block_length": "2", "sequence_length": "256",
     }  # fmt: skip
     assert child.data.metrics == {
@@ -189,9 +189,9 @@ def test_a_reused_job_says_whose_result_it_has(uri: str) -> None:
 def test_a_benchmark_shows_its_rates_by_batch_and_its_closed_gates(uri: str) -> None:
     rows = [
         {"batch": batch, "tokens_per_second": {"median": 100.0 * batch}, "kv_bytes_per_token": 64}
-        for batch in (1, 8)
+        for batch in (1, 8, 50)
     ]
-    result = {"rows": rows, "largest_batch": None, "gates": {"alone": False}}
+    result = {"rows": rows, "largest_batch": 50, "gates": {"alone": False}}
     job = evaluate(kind="benchmark", spec={"batch": [1, 8], "apply": {}}, result=result)
     marks = Mirror(uri).send([{"workflow": workflow(), "jobs": [job]}])
     client = MlflowClient(tracking_uri=uri)
@@ -199,8 +199,19 @@ def test_a_benchmark_shows_its_rates_by_batch_and_its_closed_gates(uri: str) -> 
     assert run.data.metrics["tokens_per_second"] == 800.0
     assert run.data.metrics["kv_bytes_per_token"] == 64
     curve = [(m.step, m.value) for m in history(client, run, "tokens_per_second_by_batch")]
-    assert sorted(curve) == [(1, 100.0), (8, 800.0)]
+    assert sorted(curve) == [(1, 100.0), (8, 800.0), (50, 5000.0)]
+    assert run.data.metrics["tokens_per_second_at_budget"] == 5000.0
     assert run.data.tags["kvlab.void"] == "alone"
+
+
+def test_the_mean_speed_of_a_training_does_not_mix_with_its_curve(uri: str) -> None:
+    result = {"flops": 1.0, "loss": 3.0, "tokens_per_second": 50.0}
+    job = train("done", ended_at=109.0, result=result)
+    point = {"job_id": 1, "key": "tokens_per_second", "step": 10, "value": 60.0, "time_ms": 5}
+    Mirror(uri).send([{"workflow": workflow(), "jobs": [job], "points": [point]}])
+    found = held(uri)["base[seed=0]"][2]
+    assert [value for _, value, _ in found["tokens_per_second"]] == [60.0]
+    assert [value for _, value, _ in found["mean_tokens_per_second"]] == [50.0]
 
 
 def test_names_that_mlflow_refuses_are_changed(uri: str) -> None:
