@@ -8,9 +8,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-COUNT_PATTERN = r"^\d+(\.\d+)?[kKMGB]$"
-BYTES_PATTERN = r"^\d+(\.\d+)? ?([kKMGT]i?)?B$"
-DURATION_PATTERN = r"^(\d+(\.\d+)?[smhd])+$"
+COUNT_PATTERN = r"^[0-9]+(\.[0-9]+)?[kKMGB]$"
+BYTES_PATTERN = r"^[0-9]+(\.[0-9]+)? ?([kKMGT]i?)?B$"
+DURATION_PATTERN = r"^([0-9]+(\.[0-9]+)?[smhd])+$"
 
 LARGEST = 2**53
 """The largest whole number that JSON readers agree on."""
@@ -22,7 +22,7 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 def parse_count(written: Any) -> int:
     """Return the whole number that `400000`, `2e6`, `400k` or `1.5M` stands for."""
     number: float | None = None
-    if isinstance(written, str) and re.match(COUNT_PATTERN, written):
+    if isinstance(written, str) and re.fullmatch(COUNT_PATTERN, written):
         number = round(float(written[:-1]) * _COUNT_UNITS[written[-1]], 6)
     elif isinstance(written, int | float) and not isinstance(written, bool):
         number = written
@@ -32,11 +32,11 @@ def parse_count(written: Any) -> int:
 def parse_bytes(written: Any) -> int:
     """Return the bytes that `1048576`, `512MiB` or `2GB` stands for."""
     number: float | None = None
-    if isinstance(written, str) and (match := re.match(BYTES_PATTERN, written)):
+    if isinstance(written, str) and (match := re.fullmatch(BYTES_PATTERN, written)):
         prefix = match.group(2) or ""
         base = 1024 if prefix.endswith("i") else 1000
         power = " kMGT".index(prefix[0].replace("K", "k")) if prefix else 0
-        digits = re.match(r"[\d.]+", written)
+        digits = re.match(r"[0-9.]+", written)
         assert digits is not None
         number = round(float(digits.group()) * base**power, 6)
     elif isinstance(written, int | float) and not isinstance(written, bool):
@@ -46,8 +46,8 @@ def parse_bytes(written: Any) -> int:
 
 def parse_duration(written: Any) -> float:
     """Return the seconds that `90`, `20m` or `1h30m` stands for."""
-    if isinstance(written, str) and re.match(DURATION_PATTERN, written):
-        parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", written)
+    if isinstance(written, str) and re.fullmatch(DURATION_PATTERN, written):
+        parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)([smhd])", written)
         return float(sum(float(number) * _SECONDS[unit] for number, unit in parts))
     if isinstance(written, int | float) and not isinstance(written, bool):
         return float(written)

@@ -15,12 +15,8 @@ from kvlab.platform.jobs.kind import Kind, Settings
 from kvlab.platform.jobs.reference import Reference
 from kvlab.platform.spec.matrix import Combination, Unreachable, combinations
 from kvlab.platform.spec.problems import from_pydantic
-from kvlab.platform.spec.workflow import (
-    JobEntry,
-    ResourcesSettings,
-    Workflow,
-    resources_of,
-)
+from kvlab.platform.spec.settings import ResourcesSettings, resources_of
+from kvlab.platform.spec.workflow import JobEntry, Workflow
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from kvlab import KvlabError
 from kvlab.platform.graph import Resources
 from kvlab.platform.jobs import IMPLICIT, KINDS
-from kvlab.platform.jobs.field import Path, suggest
 from kvlab.platform.jobs.kind import Parent, Settings, Surroundings
 from kvlab.platform.jobs.model import model_key
 from kvlab.platform.spec.combine import Variant, reference_places, variants, written_at
-from kvlab.platform.spec.join import SEED, Joined, Point, Unmatched, explain, join, partners, pinned
+from kvlab.platform.spec.join import (
+    SEED,
+    Joined,
+    Point,
+    TooMany,
+    Unmatched,
+    explain,
+    join,
+    partners,
+    pinned,
+)
 from kvlab.platform.spec.matrix import count, label, short_names
+from kvlab.platform.spec.order import named, order
 from kvlab.platform.spec.workflow import JobEntry, Workflow
 
 MOST_CELLS = 100_000
@@ -63,17 +72,17 @@ class Expansion:
         self.parents: dict[str, Parent] = {}
         self._variants: dict[str, list[Variant]] = {}
         self._points: dict[str, list[Point]] = {}
+        self._numbers: dict[str, int] = {}
+        self._classes: dict[tuple[int, tuple[tuple[str, int], ...]], int] = {}
 
     def run(self) -> list[Draft]:
         """Return the cells of all sound jobs, parents first."""
         for job in self.workflow.jobs.values():
             if self._few_enough(job):
                 self._variants[job.name] = variants(self.workflow, job)
-        order = self._order()
-        if order is None:
-            return []
+        names = order(self.workflow, self._variants)
         self._add_data()
-        for name in order:
+        for name in names:
             job = self.workflow.jobs[name]
             if name in self.workflow.broken or self._rests_on_broken(job):
                 self.workflow.broken.add(name)
@@ -88,56 +97,13 @@ class Expansion:
             self.workflow.blame(job.path, f"would have {cells} cells, more than {MOST_CELLS}")
         return cells <= MOST_CELLS
 
-    def _named(self, job: JobEntry) -> Iterable[tuple[str, Path, str | None]]:
-        """(name, place, role) of every job that a job names; role None for `needs`."""
-        for variant in self._variants.get(job.name, ()):
-            for role in variant.references:
-                for reference, place in reference_places(job, variant, role):
-                    yield reference.job, place, role
-        for index, name in enumerate(job.common.needs):
-            yield name, (*job.path, "needs", index), None
-
-    def _order(self) -> list[str] | None:
-        """Return job names, parents first; None after a cycle."""
-        written = self.workflow.document.value["jobs"]
-        sorter: TopologicalSorter[str] = TopologicalSorter()
-        places: dict[tuple[str, str], Path] = {}
-        for job in self.workflow.jobs.values():
-            sorter.add(job.name)
-            for name, place, role in self._named(job):
-                if name not in written:
-                    known = suggest(name, list(written))
-                    self.workflow.blame(place, f"unknown job '{name}': {known}")
-                    continue
-                target = self.workflow.jobs.get(name)
-                if role and target and not KINDS[target.kind].produces_model:
-                    self.workflow.blame(place, self._no_model(target))
-                if target is not None:
-                    sorter.add(job.name, name)
-                    places.setdefault((job.name, name), place)
-        try:
-            return list(sorter.static_order())
-        except CycleError as error:
-            circle = list(reversed(error.args[1]))
-            start = circle.index(min(circle[:-1], key=list(self.workflow.jobs).index))
-            circle = [*circle[start:-1], *circle[:start], circle[start]]
-            self.workflow.blame(places[circle[0], circle[1]], f"a cycle: {' needs '.join(circle)}")
-            return None
-
-    def _no_model(self, target: JobEntry) -> str:
-        makers = [j.name for j in self.workflow.jobs.values() if KINDS[j.kind].produces_model]
-        return (
-            f"'{target.name}' is of kind {target.kind} and publishes no model; "
-            f"jobs that do: {', '.join(makers) or 'none'}"
-        )
-
     def _rests_on_broken(self, job: JobEntry) -> bool:
         wants_model = KINDS[job.kind].produces_model
         if wants_model and not self.model and "model" in self.workflow.document.value:
             return True
         return any(
             name in self.workflow.broken or name not in self.drafts
-            for name, _, _ in self._named(job)
+            for name, _, _ in named(job, self._variants)
         )
 
     def _add_data(self) -> None:
@@ -164,13 +130,13 @@ class Expansion:
         try:
             for variant in self._variants[job.name]:
                 drafts += self._joined(job, variant)
-        except _Told:
+                if len(self.parents) + len(drafts) > MOST_CELLS:
+                    raise TooMany
+        except TooMany:
+            message = f"brings the workflow to more than {MOST_CELLS} cells"
+            self.workflow.blame(job.path, message)
             return
-        total = len(self.parents) + len(drafts)
-        if total > MOST_CELLS:
-            self.workflow.blame(
-                job.path, f"brings the workflow to {total} cells, more than {MOST_CELLS}"
-            )
+        except _Told:
             return
         _distinct(drafts)
         if self._add_needs(job, drafts) and self._resolve(job, drafts):
@@ -197,7 +163,7 @@ class Expansion:
                     )
                     for role, (reference, _) in references.items()
                 }
-                cells = join(self._own(job, variant, arms), arms, self.short)
+                cells = join(self._own(job, variant, arms), arms, self.short, MOST_CELLS)
             except Unmatched as error:
                 self.workflow.blame(references[error.role][1], str(error))
                 raise _Told from None
@@ -250,7 +216,7 @@ class Expansion:
         """Fill in specs. Checks run once per matrix point: seeds change nothing they look at."""
         kind = KINDS[job.kind]
         siblings = self._siblings(drafts)
-        checked: set[tuple[int, str]] = set()
+        checked: set[int] = set()
         sound = True
         for draft in drafts:
             parents = {role: self.parents[name] for role, name in draft.parents.items()}
@@ -258,9 +224,9 @@ class Expansion:
                 draft.axes[SEED], self.model, self.data, parents, siblings, draft.resources
             )
             try:
-                key = (id(draft.variant), str(sorted(map(self._unseeded, draft.parents.values()))))
-                if key not in checked:
-                    checked.add(key)
+                point = self._point(draft)
+                if point not in checked:
+                    checked.add(point)
                     sound &= self._check(job, draft, around)
                 draft.spec = kind.resolve(draft.settings, around)
             except KvlabError as error:
@@ -269,8 +235,12 @@ class Expansion:
             self.parents[draft.name] = Parent(draft.name, job.kind, draft.spec, parents)
         return sound
 
-    def _unseeded(self, name: str) -> str:
-        return name.rpartition(f"{SEED}=")[0]
+    def _point(self, draft: Draft) -> int:
+        """A number that cells share when they, and all above them, differ in seeds alone."""
+        above = sorted((role, self._numbers.get(name, 0)) for role, name in draft.parents.items())
+        key = (id(draft.variant), tuple(above))
+        number = self._numbers[draft.name] = self._classes.setdefault(key, len(self._classes) + 1)
+        return number
 
     def _check(self, job: JobEntry, draft: Draft, around: Surroundings) -> bool:
         problems = list(KINDS[job.kind].check(draft.settings, around))

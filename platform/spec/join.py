@@ -34,6 +34,10 @@ class Joined:
     parents: dict[str, Point] = field(default_factory=dict)
 
 
+class TooMany(Exception):
+    """A join would yield more cells than a workflow may have."""
+
+
 class Unmatched(Exception):
     """A reference (in `role`) that finds no partner; the text says why and what there is."""
 
@@ -80,35 +84,35 @@ def join(
     own: Iterable[Mapping[str, Any]],
     roles: Mapping[str, tuple[str, Sequence[Point]]],
     short: Mapping[str, str],
+    most: int,
 ) -> list[Joined]:
     """Return the cells of a job: its own points crossed with the parents that agree with them.
 
     Args:
         own: the job's own points (matrix keys, and `seed` where it has seeds of its own).
         roles: role -> (name of the job referred to, its cells).
-        short: dotted axis -> short name.
+        short: dotted axis -> short name. most: cells there may be.
 
     Raises:
         Unmatched: one of the job's own points has no partner in a role.
+        TooMany: there would be more than `most`.
     """
     cells = [Joined(dict(axes)) for axes in own]
     for role, (job, points) in roles.items():
-        cells = _with_role(cells, role, job, points, short)
+        find = partners(points)
+        grown: list[Joined] = []
+        for cell in cells:
+            matching = find(cell.axes)
+            if not matching:
+                raise Unmatched(role, explain(cell.axes, job, points, short) + PIN)
+            if len(grown) + len(matching) > most:
+                raise TooMany
+            grown += [
+                Joined({**point.axes, **cell.axes}, {**cell.parents, role: point})
+                for point in matching
+            ]
+        cells = grown
     return cells
-
-
-def _with_role(
-    cells: Sequence[Joined], role: str, job: str, points: Sequence[Point], short: Mapping[str, str]
-) -> list[Joined]:
-    found = partners(points)
-    grown = []
-    for cell in cells:
-        matching = found(cell.axes)
-        if not matching:
-            raise Unmatched(role, explain(cell.axes, job, points, short) + PIN)
-        for point in matching:
-            grown.append(Joined({**point.axes, **cell.axes}, {**cell.parents, role: point}))
-    return grown
 
 
 def partners(points: Sequence[Point]) -> Callable[[Mapping[str, Any]], list[Point]]:

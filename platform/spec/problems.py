@@ -17,6 +17,8 @@ SHOWN = 60
 """Characters of a found value that a message shows."""
 LONGEST = 1_000
 """Characters of a message."""
+LONGEST_PATH = 300
+"""Characters of its YAML path."""
 
 _MESSAGES = {
     "missing": "is required",
@@ -53,7 +55,10 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        where = f"{self.path}: " if self.path else ""
+        path = (
+            self.path if len(self.path) <= LONGEST_PATH else self.path[: LONGEST_PATH - 3] + "..."
+        )
+        where = f"{path}: " if path else ""
         text = one_line(f"{self.file}:{self.line}: {where}{self.message}")
         return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
 

@@ -16,13 +16,9 @@ from kvlab.platform.spec.identity import code_digest, identify
 from kvlab.platform.spec.join import SEED
 from kvlab.platform.spec.machine import describe
 from kvlab.platform.spec.problems import WorkflowError
+from kvlab.platform.spec.settings import ReportSettings, retries_of
 from kvlab.platform.spec.surroundings import shared_data, shared_model
-from kvlab.platform.spec.workflow import (
-    ReportSettings,
-    Workflow,
-    read_workflow,
-    retries_of,
-)
+from kvlab.platform.spec.workflow import Workflow, read_workflow
 
 
 def load_graph(source: Path | str, *, home: Path | None = None, remember: bool = False) -> Graph:

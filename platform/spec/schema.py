@@ -5,13 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from kvlab.platform.jobs import KINDS
-from kvlab.platform.spec.workflow import (
-    MOST_MATRIX_KEYS,
-    NAME,
-    JobSettings,
-    WorkflowSettings,
-    written_kinds,
-)
+from kvlab.platform.spec.settings import MOST_MATRIX_KEYS, NAME, JobSettings, WorkflowSettings
+from kvlab.platform.spec.workflow import written_kinds
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

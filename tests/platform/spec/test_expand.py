@@ -192,3 +192,23 @@ def test_thousands_of_mistakes_end_early() -> None:
     with pytest.raises(WorkflowError, match="has more than 1000 mistakes") as error:
         check("version: 1\nname: n\njobs:\n" + lines)
     assert len(error.value.problems) == 1001
+
+
+def test_crossing_is_bounded_before_it_is_done(jobs: Jobs) -> None:
+    many = ", ".join(map(str, range(1, 1001)))
+    text = jobs(
+        f"  a:\n    matrix: {{train.batch_size: [{many}]}}\n"
+        "    train: {method: full_attention, tokens: 1}\n"
+        f"  b:\n    matrix: {{uptrain.batch_size: [{many}]}}\n"
+        "    uptrain: {from: a, method: full_attention, tokens: 1}\n"
+    )
+    with pytest.raises(
+        WorkflowError, match=r"jobs\.b: brings the workflow to more than 100000 cells"
+    ):
+        check(text)
+
+
+def test_a_path_without_end_is_refused(jobs: Jobs) -> None:
+    deep = "train" + ".a" * 5_000
+    with pytest.raises(WorkflowError, match="must be a dotted path that starts with train"):
+        check(jobs(f"  a: {{matrix: {{? {deep} : [1]}}, train: {{}}}}\n"))
