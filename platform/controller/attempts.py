@@ -54,6 +54,7 @@ class Attempts:
         self._ledger = ledger
         self._by_slot: dict[int, list[int]] = {}
         self.running: dict[int, Running] = {}
+        self.measuring = 0
         self.failed_starts = 0
         self.start_error = ""
 
@@ -157,7 +158,7 @@ class Attempts:
         message = end.get("message")
         if cause is Cause.STOPPED and not running.asked:
             cause, message = Cause.USER_ERROR, "the job stopped though nobody asked it to"
-        workers = running.workers
+        self.measuring -= self._schedule.task(job).resources.exclusive
         verdict = self._schedule.ended(job, cause, now)
         done = verdict.state is JobState.DONE
         lost = 0.0 if done else running.lost(now if worked_until is None else worked_until)
@@ -177,7 +178,7 @@ class Attempts:
         self.moved(verdict.moves)
         checkpointed = running.tail.checkpoint is not None or attempt > 1
         self._ledger.then(lambda: self._clean(job, attempt, done and checkpointed))
-        fit = not kill and cause in REUSED_AFTER and (workers == 1 or done)
+        fit = not kill and cause in REUSED_AFTER and (running.workers == 1 or done)
         self._leave(running, fit, now, quick=done)
 
     def moved(self, moves: list[Move]) -> None:
@@ -227,6 +228,7 @@ class Attempts:
         shape = self._schedule.task(job).resources
         running = Running(Tail(job, row.attempt), None, shape.workers, last.started_at, 0.0, now)
         self.running[job] = running
+        self.measuring += shape.exclusive
         self._read_file(running, now)
         nodes = self._pool.find(last.worker, shape.workers) if live else None
         if nodes is not None:
@@ -248,6 +250,7 @@ class Attempts:
         workers = row.resources.get("workers", 1)
         restore = self._jobs.checkpoint(job) if attempt > 1 else None
         worker = self._pool.name(slot)
+        one = self._slots[slot]
 
         def write(batch: Batch) -> None:
             number = batch.start(job, worker)
@@ -259,9 +262,9 @@ class Attempts:
         self._ledger.row(write, "start")
         self._jobs.note(job, attempt, JobState.RUNNING, started_at=now, ended_at=None)
         first = now + POLL_SECONDS
+        self.measuring += one.shape.exclusive
         self.running[job] = Running(Tail(job, attempt), slot, workers, now, now, first)
         self._by_slot.setdefault(slot, []).append(job)
-        one = self._slots[slot]
         inputs = self._jobs.inputs(job)
         assignments = [
             Assignment(

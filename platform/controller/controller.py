@@ -195,6 +195,7 @@ class Controller:
         for mark in self._feed.marks():
             self._ledger.row(mark)
         self._ledger.commit(now)
+        self._feed.hold_back(attempts.measuring > 0)
         self._feed.offer()
         attempts.poll(now)
 

@@ -57,7 +57,7 @@ class Feed:
         self._workflow_pending = True
         self._marks: list[Mark] = []
         self._error: str | None = None
-        self._urgent = self._closed = False
+        self._urgent = self._held_back = self._closed = self._gave_up = False
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
 
     def begin(self) -> None:
@@ -86,6 +86,10 @@ class Feed:
             marks, self._marks = self._marks, []
         return marks
 
+    def hold_back(self, hold: bool) -> None:
+        """Send nothing while something is being measured: MLflow takes a whole core at times."""
+        self._held_back = hold
+
     def finish(self, state: WorkflowState, now: float) -> None:
         """Say how the workflow ended, and wait a while until all is sent."""
         if self._make is None:
@@ -96,7 +100,7 @@ class Feed:
             self._workflow["ended_at"] = now
             self._workflow_pending = self._urgent = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._owing(), FINISH_SECONDS)
+            self._changed.wait_for(lambda: self._gave_up or not self._owing(), FINISH_SECONDS)
 
     def behind(self) -> str | None:
         """One line about what MLflow lacks, or None."""
@@ -126,7 +130,9 @@ class Feed:
                 self._changed.wait_for(lambda: self._closed or self._urgent, pause)
                 if self._closed:
                     return
-                self._urgent = False
+                if self._held_back and not self._urgent:
+                    continue
+                last, self._urgent = self._urgent, False
                 told, self._workflow_pending = self._workflow_pending, False
                 self._sending, self._pending = self._pending, set()
                 jobs, workflow = sorted(self._sending), self._workflow.copy()
@@ -143,7 +149,8 @@ class Feed:
                 with self._changed:
                     self._pending |= self._sending
                     self._workflow_pending |= told
-                    self._error = " ".join(str(error).split())[:200]
+                    self._error = _reason(error)
+                    self._gave_up = last
                 pause = min(2 * pause, RETRY_SECONDS)
             else:
                 pause = EVERY_SECONDS
@@ -217,6 +224,11 @@ class Feed:
         for name in ("name", "job", "kind", "identity", "axes", "spec"):
             message[name] = getattr(row, name)
         return cast(JobMessage, message)
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, without the remote traceback that Ray adds."""
+    return " ".join(str(getattr(error, "cause", None) or error).split())[:200]
 
 
 def _end(mirror: Any) -> None:

@@ -22,11 +22,16 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
     Args:
         spec: points (steps, each one point), sleep (seconds, spread over the steps), fail (see
             `_fail`); and, where they are there, checkpoints (steps between two; 0: none) and
-            fail_at (the step before which it fails; None: after the last).
+            fail_at (the step before which it fails; None: after the last), fail_rank (the rank
+            of a gang that fails; None: every one) and publish (leave a file).
 
     Returns:
-        {"points": steps, "started_from": the step of the checkpoint it went on from}.
+        {"points": steps, "started_from": the step of the checkpoint it went on from}, and for a
+        gang "met": how many ranks an all-reduce counted.
     """
+    if spec.get("fail_rank") not in (None, context.rank):
+        spec = {**spec, "fail": None}
+    result = {"met": _meet(context)} if context.workers > 1 else {}
     steps, every = int(spec["points"]), int(spec.get("checkpoints") or 0)
     fail_at = spec.get("fail_at")
     found = context.restore()
@@ -45,7 +50,17 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
         _fail(spec["fail"], context)
     if spec.get("publish"):
         (context.folder / "noop.json").write_text(json.dumps(steps))
-    return {"points": steps, "started_from": begin}
+    return {**result, "points": steps, "started_from": begin}
+
+
+def _meet(context: Context) -> int:
+    """Count the ranks, which all have to be there for it."""
+    import torch
+
+    from kvlab.platform.jobs.training.gang import join
+
+    with join(context) as gang:
+        return int(gang.total(torch.ones(1)).item())
 
 
 def _checkpoint(context: Context, step: int) -> None:
