@@ -33,12 +33,11 @@ def tracked(repository: Path) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def storey_files(repository: Path) -> list[Path]:
-    """Every Python file and template of the four storeys, relative to the repository."""
+    """Every Python file of the four storeys, relative to the repository."""
     return sorted(
         file.relative_to(repository)
         for storey in STOREYS
-        for ending in ("py", "j2")
-        for file in (repository / storey).rglob(f"*.{ending}")
+        for file in (repository / storey).rglob("*.py")
     )
 
 

@@ -45,6 +45,7 @@ def test_sdist_and_the_wheel_made_of_it_hold_every_file(
     assert {f"kvlab/{file.as_posix()}" for file in storey_files} <= packed
     assert any(name.startswith("kvlab/db/migrations/versions/") for name in packed)
     assert any(name.endswith("licenses/LICENSE") for name in packed)
+    assert "kvlab/platform/compare/report.html.j2" in packed
 
 
 def pins(lock: Path) -> dict[str, str]:
