@@ -15,6 +15,9 @@ WIDTH = 160
 
 def command(
     file: Annotated[Path, typer.Argument(help="A workflow YAML.", show_default=False)],
+    address: Annotated[
+        str | None, typer.Option("--address", help="The cluster it would run on; default: here.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the jobs of a workflow: reusable, stale (and why) or to run, and what they will cost."""
@@ -23,7 +26,7 @@ def command(
     from kvlab.platform.spec.read import load_graph
 
     home = Home.find()
-    graph = load_graph(file, home=home.root)
+    graph = load_graph(file, home=home.root, cluster=address)
     made = plan.make(graph, plan.look_up(graph, home.url))
     if as_json:
         print(json.dumps(render.as_json(made)))

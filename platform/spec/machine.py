@@ -43,8 +43,14 @@ def _field(path: Path, name: str) -> str:
     return ""
 
 
-def describe(resources: Resources) -> dict[str, Any]:
-    """Return device, threads and driver as a job with these resources would find them here."""
+def describe(resources: Resources, cluster: str | None = None) -> dict[str, Any]:
+    """Return device, threads and driver as a job with these resources would find them here.
+
+    Of a cluster only its address is known before a job runs: numbers measured there are reused
+    there alone.
+    """
+    if cluster is not None:
+        return {"cluster": cluster, "gpus": resources.gpus, "threads": resources.cpus}
     gpu = _gpu() if resources.gpus else None
     threads = os.cpu_count() or 1 if resources.exclusive else resources.cpus
     if gpu is not None:

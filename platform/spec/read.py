@@ -21,7 +21,13 @@ from kvlab.platform.spec.surroundings import shared_data, shared_model
 from kvlab.platform.spec.workflow import Workflow, read_workflow
 
 
-def load_graph(source: Path | str, *, home: Path | None = None, remember: bool = False) -> Graph:
+def load_graph(
+    source: Path | str,
+    *,
+    home: Path | None = None,
+    remember: bool = False,
+    cluster: str | None = None,
+) -> Graph:
     """Read, check, expand, join and identify a workflow.
 
     Args:
@@ -29,12 +35,13 @@ def load_graph(source: Path | str, *, home: Path | None = None, remember: bool =
             folder, or from the current one.
         home: KVLAB_HOME, where digests of large files are remembered; None: everything is read.
         remember: write new digests there. Only a run does.
+        cluster: address of the cluster that will measure; None: this machine will.
 
     Raises:
         WorkflowError: with every mistake, each with its line and YAML path.
     """
     contents = Contents(home, write=remember)
-    graph = _graph(source, contents, identified=True)
+    graph = _graph(source, contents, identified=True, cluster=cluster)
     contents.save()
     return graph
 
@@ -50,7 +57,9 @@ def check(source: Path | str) -> Graph:
     return _graph(source, Unread(), identified=False)
 
 
-def _graph(source: Path | str, contents: Contents, *, identified: bool) -> Graph:
+def _graph(
+    source: Path | str, contents: Contents, *, identified: bool, cluster: str | None = None
+) -> Graph:
     if isinstance(source, Path):
         text, folder, file = read_text(source), source.parent, str(source)
     else:
@@ -64,7 +73,7 @@ def _graph(source: Path | str, contents: Contents, *, identified: bool) -> Graph
     drafts = expansion.run() if workflow.jobs else []
     if workflow.problems:
         raise WorkflowError(workflow.problems)
-    cells = _cells(expansion, drafts, identified)
+    cells = _cells(expansion, drafts, identified, cluster)
     report: ReportSettings = workflow.top["report"]
     return Graph(workflow.top["name"], text, tuple(cells), report.model_dump(mode="json"))
 
@@ -84,7 +93,9 @@ def _check_report(workflow: Workflow) -> None:
         workflow.blame(("report", "baseline"), f"{what}: {suggest(report.baseline, makers)}")
 
 
-def _cells(expansion: Expansion, drafts: list[Draft], identified: bool) -> list[Cell]:
+def _cells(
+    expansion: Expansion, drafts: list[Draft], identified: bool, cluster: str | None
+) -> list[Cell]:
     """Return the graph's cells; without identities unless `identified`."""
     identities: dict[str, str] = {}
     cells: list[Cell] = []
@@ -93,7 +104,7 @@ def _cells(expansion: Expansion, drafts: list[Draft], identified: bool) -> list[
         identities[IMPLICIT] = cells[0].identity
     short = {**expansion.short, SEED: SEED}
     for draft in drafts:
-        identity, parts = _identity(draft, identities) if identified else ("", {})
+        identity, parts = _identity(draft, identities, cluster) if identified else ("", {})
         identities[draft.name] = identity
         cells.append(
             Cell(
@@ -132,13 +143,15 @@ def _data_cell(spec: Mapping[str, Any], identified: bool) -> Cell:
     )
 
 
-def _identity(draft: Draft, identities: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+def _identity(
+    draft: Draft, identities: Mapping[str, str], cluster: str | None
+) -> tuple[str, dict[str, str]]:
     kind = KINDS[draft.job.kind]
     return identify(
         draft.job.kind,
         draft.spec,
         {role: identities[name] for role, name in draft.parents.items()},
         code_digest(kind.sources(draft.spec)),
-        describe(draft.resources) if kind.measured else None,
+        describe(draft.resources, cluster) if kind.measured else None,
         kind.incidental,
     )

@@ -186,6 +186,18 @@ def test_measured_jobs_belong_to_a_machine(good: str) -> None:
     assert here != there
 
 
+def test_what_a_cluster_measured_is_reused_on_that_cluster_alone(good: str) -> None:
+    def stale(first: str | None, second: str | None) -> set[str]:
+        one, two = load_graph(good, cluster=first), load_graph(good, cluster=second)
+        return {
+            a.job for a, b in zip(one.cells, two.cells, strict=True) if a.identity != b.identity
+        }
+
+    assert stale("ray://a:1", "ray://a:1") == set()
+    assert stale("ray://a:1", "ray://b:1") == {"speed"}
+    assert stale(None, "ray://a:1") == {"speed"}
+
+
 def test_the_kind_and_the_role_of_a_parent_count() -> None:
     assert identify("train", {}, {}, "c")[0] != identify("uptrain", {}, {}, "c")[0]
     assert identify("up", {}, {"from": "x"}, "c")[0] != identify("up", {}, {"of": "x"}, "c")[0]
