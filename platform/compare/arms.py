@@ -74,9 +74,9 @@ def gather(jobs: Sequence[JobRow]) -> list[Draft]:
         reader = READERS.get(row.kind)
         if row.state is JobState.DONE and row.result is not None and reader is not None:
             _take(draft, row, reader(row.spec, row.result))
-    used = {model.name for _, model in measured}
+    used = {name for row in jobs for name in row.parents.values()}
     for row in jobs:
-        if _makes_model(row) and row.name not in used and not _is_ancestor(row, jobs):
+        if _makes_model(row) and row.name not in used:
             draft = _draft(drafts, names, row, {})
             draft.models.setdefault(seed_of(row), row)
     order = {row.name: index for index, row in enumerate(jobs)}
@@ -186,7 +186,3 @@ def _problems(draft: Draft, by_name: Mapping[str, JobRow]) -> Iterator[str]:
 
 def _makes_model(row: JobRow) -> bool:
     return "method" in row.spec and OF not in row.parents
-
-
-def _is_ancestor(row: JobRow, jobs: Sequence[JobRow]) -> bool:
-    return any(row.name in other.parents.values() for other in jobs)

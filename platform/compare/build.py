@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from kvlab.db.rows import JobRow, Workflow
 from kvlab.db.states import JobState
 from kvlab.platform.compare.arms import Draft, gather, missing, seed_of
 from kvlab.platform.compare.columns import Layout, lay_out
 from kvlab.platform.compare.differences import change, log_ratio, verdict
-from kvlab.platform.compare.metrics import METRICS, Metric
+from kvlab.platform.compare.metrics import METRICS
 from kvlab.platform.compare.model import Arm, Column, Comparison, Cost, Front, Number
-from kvlab.platform.compare.pareto import Pair, front
+from kvlab.platform.compare.pareto import front
 from kvlab.platform.compare.statistics import summarise
 from kvlab.platform.compare.summary import grouped, listed
 
@@ -139,21 +139,26 @@ def _front(
                 reason = number.void or number.missing or "no number"
                 excluded.setdefault(arm.id, f"{METRICS[column.metric].title}: {reason}")
     able = {arm.id: arm for arm in arms if arm.id not in excluded}
-    by_column = {column.id: column for column in columns}
+    by_id = {column.id: column for column in columns}
 
-    def pair(column_id: str, one: str, two: str) -> Pair:
-        column = by_column[column_id]
-        metric = METRICS[column.metric]
-        key = layout.key(column)
-        found = log_ratio(metric, drafts[one].samples[key], drafts[two].samples[key])
-        mine, theirs = able[one].number(column_id).value, able[two].number(column_id).value
+    def means(column: str, one: str, two: str) -> tuple[float, float]:
+        mine, theirs = able[one].number(column).value, able[two].number(column).value
         assert mine is not None
         assert theirs is not None
-        mean = _points(metric, mine, theirs)
-        return Pair("no interval" if found is None else verdict(metric, found), mean)
+        return (mine, theirs) if by_id[column].kind.better == "lower" else (theirs, mine)
 
-    members, dominated = front(list(able), list(by_column), pair)
-    return Front(tuple(by_column), members, dominated, excluded)
+    def worse(column: str, one: str, two: str) -> bool:
+        mine, theirs = means(column, one, two)
+        return mine > theirs
+
+    def better(column: str, one: str, two: str) -> bool:
+        mine, theirs = means(column, one, two)
+        metric, key = by_id[column].kind, layout.key(by_id[column])
+        found = log_ratio(metric, drafts[one].samples[key], drafts[two].samples[key])
+        return mine < theirs and found is not None and verdict(metric, found) == "better"
+
+    members, dominated = front(list(able), list(by_id), worse, better)
+    return Front(tuple(by_id), members, dominated, excluded)
 
 
 def _unfronted(report: Mapping[str, Any], layout: Layout) -> list[str]:
@@ -164,12 +169,6 @@ def _unfronted(report: Mapping[str, Any], layout: Layout) -> list[str]:
     if not lacking or len(lacking) == len(wanted):
         return []
     return [f"No Pareto front: nothing here measured {' or '.join(lacking)}."]
-
-
-def _points(metric: Metric, mine: float, theirs: float) -> Literal["better", "worse", "equal"]:
-    if mine == theirs:
-        return "equal"
-    return "better" if (mine < theirs) == (metric.better == "lower") else "worse"
 
 
 def _cost(draft: Draft) -> Cost | None:

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from itertools import islice
 
-Relation = Literal["better", "worse", "equal", "not distinguished", "no interval"]
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """How one arm stands to another on one metric: the verdict, and which way its mean points.
-
-    `mean` is "better", "worse" or "equal": the point estimate alone, whether known or not.
-    """
-
-    verdict: Relation
-    mean: Literal["better", "worse", "equal"]
+Ask = Callable[[str, str, str], bool]
+"""(metric, arm, other) -> a yes or no about the pair."""
+MOST_WINNERS = 3
+"""Arms named as beating another: one would do, and each costs intervals to find."""
 
 
 def front(
-    arms: Sequence[str],
-    metrics: Sequence[str],
-    compare: Callable[[str, str, str], Pair],
+    arms: Sequence[str], metrics: Sequence[str], worse: Ask, better: Ask
 ) -> tuple[tuple[str, ...], Mapping[str, tuple[str, ...]]]:
-    """Return the arms that no other dominates, and for each of the rest who dominates it.
+    """Return the arms that no other dominates, and for each of the rest some who dominate it.
 
     One arm dominates another when it is distinguished as better on at least one metric and on every
     other one its mean is no worse. A difference that is not distinguished thus never counts for an
@@ -34,18 +23,23 @@ def front(
     non-empty set is never empty.
 
     Args:
-        compare: (metric, arm, other) -> how `arm` stands to `other`.
+        worse: whether the arm's mean is on the wrong side of the other's (cheap).
+        better: whether the arm is distinguished as better, mean included (asked only of pairs that
+            `worse` leaves).
     """
 
     def dominates(arm: str, other: str) -> bool:
-        pairs = [compare(metric, arm, other) for metric in metrics]
-        return any(pair.verdict == pair.mean == "better" for pair in pairs) and all(
-            pair.mean != "worse" for pair in pairs
+        return not any(worse(metric, arm, other) for metric in metrics) and any(
+            better(metric, arm, other) for metric in metrics
         )
 
     dominated = {
         arm: beaten_by
         for arm in arms
-        if (beaten_by := tuple(o for o in arms if o != arm and dominates(o, arm)))
+        if (
+            beaten_by := tuple(
+                islice((o for o in arms if o != arm and dominates(o, arm)), MOST_WINNERS)
+            )
+        )
     }
     return tuple(arm for arm in arms if arm not in dominated), dominated

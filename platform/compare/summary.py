@@ -8,6 +8,8 @@ from kvlab.platform.compare.formats import percent_text
 from kvlab.platform.compare.metrics import METRICS
 from kvlab.platform.compare.model import Arm, Change, Column, Comparison
 
+MOST_ARMS = 8
+"""Arms that get a sentence each; the table has them all."""
 NEGLIGIBLE = 1.05
 """A ratio of qualities that may be called no loss when the interval ends below it."""
 DEFAULT = ("perplexity", "tokens_per_second", "kv_bytes_per_token")
@@ -19,12 +21,19 @@ def summarise_in_words(comparison: Comparison) -> list[str]:
         return ["This workflow measures no model, so there is nothing to compare."]
     columns = _columns(comparison)
     sentences = [_opening(comparison)]
-    for arm in comparison.arms:
+    for arm in _worth_words(comparison):
         if arm.against is not None and (claims := _claims(arm, columns)):
             sentences.append(f"{arm.id} against {arm.against}: {'; '.join(claims)}.")
     sentences.extend(_worth(comparison, columns))
     sentences.extend(_front(comparison))
     return sentences
+
+
+def _worth_words(comparison: Comparison) -> list[Arm]:
+    """All arms, or those on the front where there are too many to read about."""
+    if len(comparison.arms) <= MOST_ARMS or comparison.front is None:
+        return list(comparison.arms[: MOST_ARMS + 1])
+    return [arm for arm in comparison.arms if arm.id in comparison.front.members][:MOST_ARMS]
 
 
 def _columns(comparison: Comparison) -> list[Column]:
@@ -92,7 +101,7 @@ def _worth(comparison: Comparison, columns: Sequence[Column]) -> list[str]:
     quality = [c for c in columns if METRICS[c.metric].place == "quality"]
     others = [c for c in columns if c not in quality]
     sentences = []
-    for arm in comparison.arms:
+    for arm in _worth_words(comparison):
         gains = [c for c in others if _is(arm, c, "better")]
         if not gains or not quality or arm.against is None:
             continue
@@ -142,8 +151,14 @@ def _front(comparison: Comparison) -> list[str]:
     sentences = []
     if len(front.members) > 1 and not front.dominated:
         sentences.append("No arm beats another on everything: which is best depends on the trade.")
-    for loser, winners in front.dominated.items():
-        sentences.append(f"{loser} is beaten by {' and '.join(winners)}.")
+    if len(front.dominated) > MOST_ARMS:
+        sentences.append(
+            f"{len(front.dominated)} arms are beaten by another; not beaten: "
+            f"{listed(front.members)}."
+        )
+    else:
+        for loser, winners in front.dominated.items():
+            sentences.append(f"{loser} is beaten by {listed(winners)}.")
     for reason, arms in grouped(front.excluded).items():
         verb = "takes" if len(arms) == 1 else "take"
         sentences.append(f"{listed(arms)} {verb} no part in the Pareto front ({reason}).")
