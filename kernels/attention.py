@@ -26,6 +26,10 @@ class Rule:
     window: int | None = None
     sinks: int = 0
 
+    def is_causal(self, rows: int) -> bool:
+        """Whether among so many packed rows every query reads exactly its past and itself."""
+        return not self.strict and (self.window is None or self.window >= rows)
+
     def allows(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
         """Return the mask [B, 1 or H_kv, T, S], true where query t may read key s.
 
@@ -75,8 +79,8 @@ def attend(
         [B, H, S] in float32, or None.
     """
     packed = q_positions is None
-    causal = packed and not rule.strict and (rule.window is None or rule.window >= q.shape[2])
-    if packed and not causal:
+    causal = packed and rule.is_causal(q.shape[2])
+    if packed and not causal and mask is None:
         q_positions = k_positions = torch.arange(q.shape[2], device=q.device).unsqueeze(0)
     if mask is None and q_positions is not None and k_positions is not None:
         mask = rule.allows(q_positions, k_positions)

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kvlab.kernels.precision import working_dtype
+
 LOGITS_PER_CHUNK = 1 << 20
 LOGITS_KEPT = 1 << 27
 """Logits that training keeps for the backward pass; a larger batch computes them a second time."""
@@ -26,8 +28,7 @@ def linear_nll(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
     Returns:
         [N], at least float32.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else table.dtype
+    dtype = working_dtype(table)
     nll: Tensor = _LinearNll.apply(hidden, table, targets, dtype)  # type: ignore[no-untyped-call]
     return nll
 

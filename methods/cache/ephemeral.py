@@ -10,7 +10,7 @@ from kvlab.methods.cache.policy import Policy
 
 
 class EphemeralCache(Cache):
-    """Hands each layer the rows of this very pass, and forgets them at its end.
+    """Hands each layer the rows of this very pass, and forgets them once they are read.
 
     Args:
         policy: whose rule the rows are read under: the pass then reads what a cache of that policy
@@ -30,8 +30,8 @@ class EphemeralCache(Cache):
     def read(self, layer: int) -> Keys:
         return self._rows[layer]
 
-    def finish(self) -> None:
-        self._rows.clear()
+    def observe(self, layer: int, before: Tensor, after: Tensor, key_mass: Tensor | None) -> None:
+        del self._rows[layer]  # scoring holds the rows of one layer at a time
 
     def nbytes(self) -> int:
         return 0

@@ -73,7 +73,10 @@ class Cache(ABC):
 
     @abstractmethod
     def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor | None) -> None:
-        """Offer this step's keys and values [B, H_kv, T, D] of KV layer `layer`."""
+        """Offer this step's keys and values [B, H_kv, T, D] of KV layer `layer`.
+
+        The caller's rows come first, then those of `plan`; so in `positions` [B, T] and `observe`.
+        """
 
     @abstractmethod
     def read(self, layer: int) -> Keys:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvlab.kernels.attention import Rule, attend
+from kvlab.kernels.precision import working_dtype
 from kvlab.methods.cache.interface import Cache
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.rope import Rotation
@@ -15,23 +17,31 @@ class Pass:
     """What all layers of one forward pass share: positions, rotation, masks and the cache."""
 
     def __init__(
-        self, positions: Tensor | None, rotation: Rotation, frequencies: Tensor, cache: Cache
+        self, positions: Tensor | None, frequencies: Tensor, like: Tensor, cache: Cache
     ) -> None:
-        self.positions = positions
-        self.rotation = rotation
-        self.frequencies = frequencies
-        self.cache = cache
+        """Args: positions: [B, T] or None (packed). like: the residual stream [B, T, W]."""
+        self.positions, self.frequencies, self.cache = positions, frequencies, cache
+        if positions is None:
+            self._places = torch.arange(like.shape[1], device=like.device).unsqueeze(0)
+        else:
+            self._places = positions
+        self.rotation = Rotation(frequencies, self._places, working_dtype(like))
         self._masks: dict[tuple[int, Rule], tuple[Tensor, Tensor]] = {}
 
     def mask(self, rule: Rule, k_positions: Tensor | None) -> Tensor | None:
-        """The mask of these keys, made once for all layers whose keys have the same positions."""
-        if self.positions is None or k_positions is None:
+        """The mask of these keys, made once for all layers whose keys have the same positions.
+
+        None where there is nothing to mask, or nothing but the future of packed rows.
+        """
+        keys = k_positions
+        if self.positions is None and not rule.is_causal(self._places.shape[1]):
+            keys = self._places
+        if keys is None:
             return None
-        known = self._masks.get((id(k_positions), rule))
+        known = self._masks.get((id(keys), rule))
         if known is None:
             # The positions are kept beside the mask so that their id stays theirs.
-            known = (k_positions, rule.allows(self.positions, k_positions))
-            self._masks[(id(k_positions), rule)] = known
+            known = self._masks[id(keys), rule] = keys, rule.allows(self._places, keys)
         return known[1]
 
 

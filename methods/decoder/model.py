@@ -12,7 +12,7 @@ from kvlab.methods.cache.ephemeral import EphemeralCache
 from kvlab.methods.cache.interface import Cache, Step
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.layers import Layer, Pass, norm
-from kvlab.methods.decoder.rope import Rotation, signed_frequencies
+from kvlab.methods.decoder.rope import signed_frequencies
 
 
 class Decoder(nn.Module):
@@ -72,9 +72,10 @@ class Decoder(nn.Module):
         cache = EphemeralCache() if cache is None else cache
         rows = hidden.shape[1]
         extra = cache.plan(Step(rows, ids, positions))
+        if positions is None and (extra is not None or cache.rotates):
+            positions = torch.arange(rows, device=hidden.device).expand(len(hidden), rows)
         if extra is not None:
-            if positions is None:
-                positions = torch.arange(rows, device=hidden.device).expand(len(hidden), rows)
+            assert positions is not None
             hidden = torch.cat((hidden, self.embed(extra.ids)), dim=1)
             positions = torch.cat((positions, extra.positions), dim=1)
         step = self._pass(hidden, positions, cache)
@@ -87,11 +88,7 @@ class Decoder(nn.Module):
     def _pass(self, hidden: Tensor, positions: Tensor | None, cache: Cache) -> Pass:
         if self._frequencies.device != hidden.device:
             self._frequencies = self._frequencies.to(hidden.device)
-        rotary = positions
-        if rotary is None:
-            rotary = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
-        rotation = Rotation(self._frequencies, rotary, hidden.dtype)
-        return Pass(positions, rotation, self._frequencies, cache)
+        return Pass(positions, self._frequencies, hidden, cache)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Map hidden states [..., W] to logits [..., V]."""

@@ -106,6 +106,23 @@ def test_low_precision_keeps_exact_frequencies(
     torch.testing.assert_close(model(text).nll, expected, rtol=0.1, atol=0.25)
 
 
+def test_autocast_trains(model: TokenModel, ids: Callable[..., Tensor]) -> None:
+    text = ids(2, 9)
+    expected = model(text).nll
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        nll = model(text).nll
+    assert nll.dtype == torch.float32
+    torch.testing.assert_close(nll, expected, rtol=0.1, atol=0.25)
+    nll.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == p.dtype for p in model.parameters())
+
+
+def test_a_lone_token_scores_nothing(model: TokenModel, ids: Callable[..., Tensor]) -> None:
+    score = model(ids(2, 1))
+    assert score.nll.tolist() == [[0.0], [0.0]]
+    assert not score.scored.any()
+
+
 def test_converting_to_tokens_copies(
     tiny: Callable[..., TokenModel], ids: Callable[..., Tensor]
 ) -> None:

@@ -155,6 +155,16 @@ def test_nothing_changes(
     torch.testing.assert_close(seen, plain, rtol=1e-4, atol=1e-4)
 
 
+def test_keys_kept_unrotated_of_a_packed_pass(
+    model: TokenModel, ids: Callable[..., Tensor]
+) -> None:
+    hidden = model.decoder.embed(ids(2, 7))
+    torch.testing.assert_close(
+        model.decoder.body(hidden, None, Unrotated()), model.decoder.body(hidden),
+        rtol=1e-4, atol=1e-4,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("chunks", [(11,), (5, 1, 3, 1, 1)])
 def test_rows_of_the_cache_run_beside_the_callers(
     model: TokenModel, ids: Callable[..., Tensor], chunks: tuple[int, ...]
