@@ -66,6 +66,8 @@ class Value:
         default: what the axis is when a method does not choose on it.
         check: (params, config) -> problems that no field's range can say; config may be None.
         uptrained: params -> params as a model converted from a checkpoint has them.
+        convertible: (uptrained params, parent's config) -> what keeps a decoder of these sizes from
+            being converted.
         span: granularity only: params -> tokens that one position stands for; None: one.
         sources: packages whose files decide the result (part of a job's identity).
     """
@@ -80,6 +82,7 @@ class Value:
     default: bool = False
     check: Callable[[Any, DecoderConfig | None], Iterable[str]] | None = None
     uptrained: Callable[[Any], Any] | None = None
+    convertible: Callable[[Any, DecoderConfig], Iterable[str]] | None = None
     span: Callable[[Any], int] | None = None
     sources: tuple[str, ...] = ()
 

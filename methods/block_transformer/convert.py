@@ -13,6 +13,7 @@ from kvlab.methods.axis import Method
 from kvlab.methods.block_transformer.cross_attention import CrossAttendingDecoder, CrossAttention
 from kvlab.methods.block_transformer.embedder import ProjectionEmbedder
 from kvlab.methods.block_transformer.model import BlockTransformer
+from kvlab.methods.block_transformer.params import convertible
 from kvlab.methods.block_transformer.sizes import origins
 from kvlab.methods.decoder.language_model import TokenModel
 from kvlab.methods.decoder.layers import Layer
@@ -37,11 +38,8 @@ def convert(parent: LanguageModel, method: Method) -> BlockTransformer:
         raise KvlabError(f"a {type(parent).__name__} cannot be converted to a Block Transformer")
     model = BlockTransformer(parent.config, method.uptrained())
     params, source = model.params, parent.decoder
-    if params.token_width not in (None, parent.config.width):
-        raise KvlabError(
-            f"token_width {params.token_width} is not the parent's width {parent.config.width}: "
-            "leave it out when uptraining"
-        )
+    for problem in convertible(params, parent.config):
+        raise KvlabError(problem)
     for_blocks, for_tokens = origins(parent.config.layers, params)
     with torch.no_grad():
         _take_layers(model.block_decoder, source, for_blocks)
@@ -86,12 +84,7 @@ def _start_embedder(model: BlockTransformer, source: Decoder) -> None:
     if model.params.uptrain_embedder == "random":
         return
     embedder, width = model.embedder, model.config.width
-    if not isinstance(embedder, ProjectionEmbedder) or embedder.table.embedding_dim != width:
-        raise KvlabError(
-            f"embedder '{model.sizes.embedder}' of width {embedder.table.embedding_dim} cannot "
-            f"start as the mean of the parent's embeddings: use 'projection' of width {width}, or "
-            "uptrain_embedder: random"
-        )
+    assert isinstance(embedder, ProjectionEmbedder)
     assert source.embedding is not None
     embedder.table.weight.copy_(source.embedding.weight)
     length = model.params.block_length

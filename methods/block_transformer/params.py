@@ -78,6 +78,30 @@ def check(params: BlockTransformerParams, config: DecoderConfig | None) -> Itera
         yield str(error)
 
 
+def convertible(params: BlockTransformerParams, config: DecoderConfig) -> Iterator[str]:
+    """Yield what keeps a decoder of `config` from being converted to these (uptrained) params."""
+    from kvlab.methods.block_transformer.sizes import origins, sizes
+
+    if params.token_width not in (None, config.width):
+        yield (
+            f"token_width {params.token_width} is not the parent's width {config.width}: "
+            "leave it out when uptraining"
+        )
+    try:
+        origins(config.layers, params)
+        found = sizes(config, params)
+    except (MethodError, ConfigError) as error:
+        yield str(error)
+        return
+    projects = found.embedder == "projection" and found.embedding_width == config.width
+    if params.uptrain_embedder == "mean" and not projects:
+        yield (
+            f"embedder '{found.embedder}' of width {found.embedding_width} cannot start as the "
+            f"mean of the parent's embeddings: use 'projection' of width {config.width}, or "
+            "uptrain_embedder: random"
+        )
+
+
 ENTRY = Value(
     axis="granularity",
     name="block_transformer",
@@ -88,6 +112,7 @@ ENTRY = Value(
     paper="2406.02657",
     check=check,
     uptrained=uptrained,
+    convertible=convertible,
     span=lambda params: params.block_length,
     sources=(
         "kvlab.methods.block_transformer",

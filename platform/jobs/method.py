@@ -13,6 +13,7 @@ from pydantic_core import core_schema
 
 from kvlab import KvlabError
 from kvlab.methods.axis import AXES, REGISTRY, TRAIN_TIME, Method, Preset, Range, Value, resolve
+from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.platform.jobs.field import Path, nested, suggest, wrong
 
 When = Literal["train", "run"]
@@ -207,13 +208,25 @@ def json_schema(when: When) -> dict[str, Any]:
     }
 
 
-def compatible(method: Method, config: Any) -> Iterator[tuple[str, str]]:
-    """Yield (value name, problem) for what a method's values say against a decoder's sizes."""
+def compatible(
+    method: Method, config: DecoderConfig, *, converted: bool = False
+) -> Iterator[tuple[str, str]]:
+    """Yield (value name, problem) for what a method's values say against a decoder's sizes.
+
+    Args:
+        method: as the model will have it.
+        config: the decoder's sizes; of the parent where the model is `converted` from one.
+    """
     for axis in AXES:
         choice = method.choices.get(axis)
-        if choice is not None and choice.value.check is not None:
-            for message in choice.value.check(choice.params, config):
-                yield choice.value.name, message
+        if choice is None:
+            continue
+        value, params = choice.value, choice.params
+        problems = list(value.check(params, config)) if value.check is not None else []
+        if converted and value.convertible is not None:
+            problems += value.convertible(params, config)
+        for message in dict.fromkeys(problems):
+            yield value.name, message
 
 
 class _Memo:

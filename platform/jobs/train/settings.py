@@ -94,7 +94,8 @@ class Train(Kind):
             named = ", ".join(name for choice in before.values() for name in choice)
             yield "method", f"the checkpoint was trained with {named}: write that method"
         length = settings.sequence_length or around.data["sequence_length"]
-        yield from optimization_problems(method, config_of(model), length)
+        converted = "checkpoint" in model and not before
+        yield from optimization_problems(method, config_of(model), length, converted=converted)
 
     def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
         return (
@@ -144,10 +145,10 @@ def _precision(written: str, around: Surroundings) -> str:
 
 
 def optimization_problems(
-    method: Method, config: DecoderConfig, length: int
+    method: Method, config: DecoderConfig, length: int, *, converted: bool
 ) -> Iterable[tuple[str, str]]:
     """Yield what does not fit between the method, the model's sizes and the sequence length."""
-    for name, message in compatible(method, config):
+    for name, message in compatible(method, config, converted=converted):
         yield f"method.{name}", message
     span = method.span()
     if length % span or length < 2 * span:

@@ -71,7 +71,9 @@ class Uptrain(Kind):
         config, before = lineage(around.parents["from"])
         wanted = canonical(uptrained(settings.method))
         length = settings.sequence_length or around.data["sequence_length"]
-        yield from optimization_problems(uptrained(settings.method), config, length)
+        yield from optimization_problems(
+            uptrained(settings.method), config, length, converted=before != wanted
+        )
         if before and before != wanted:
             yield (
                 "from",
