@@ -16,6 +16,7 @@ from kvlab.methods.cache.slots import open_cache
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.model import Decoder
 from kvlab.methods.model import LanguageModel, Score, Session
+from kvlab.methods.weights import fill, without_weights
 
 
 class TokenModel(LanguageModel):
@@ -31,8 +32,9 @@ class TokenModel(LanguageModel):
     def convert(cls, parent: LanguageModel, method: Method) -> LanguageModel:
         if not isinstance(parent, TokenModel):
             raise KvlabError(f"a {type(parent).__name__} cannot be converted back to tokens")
-        model = cls(parent.config, method)
-        model.load_state_dict(parent.state_dict())
+        model = without_weights(lambda: cls(parent.config, method))
+        copies = {name: tensor.clone() for name, tensor in parent.state_dict().items()}
+        fill(model, copies, "the parent")
         return model
 
     def forward(
