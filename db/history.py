@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, func, select
@@ -11,6 +12,8 @@ from kvlab.db.states import JobState
 from kvlab.db.tables import JOBS, WORKFLOWS
 
 _J, _W = JOBS.c, WORKFLOWS.c
+AT_ONCE = 5_000
+"""Identities per statement: below both databases' limits on parameters."""
 
 
 class Done(NamedTuple):
@@ -44,6 +47,17 @@ def done(connection: Connection, limit: int) -> list[Done]:
         took = end - start if ran else None
         loaded = json.loads(spec), json.loads(parents), json.loads(resources)
         found.append(Done(number, name, kind, *loaded, took))
+    return found
+
+
+def have(connection: Connection, identities: Iterable[str]) -> set[str]:
+    """Those identities that have a result of their own making, which stays unread."""
+    wanted = list(dict.fromkeys(identities))
+    own = select(_J.identity).where(_J.state == JobState.DONE.value, _J.reused_from.is_(None))
+    found: set[str] = set()
+    for first in range(0, len(wanted), AT_ONCE):
+        some = own.where(_J.identity.in_(wanted[first : first + AT_ONCE]))
+        found.update(connection.execute(some).scalars())
     return found
 
 

@@ -152,6 +152,11 @@ class Store:
         with self._reading() as connection:
             return queries.finished(connection, identities)
 
+    def have(self, identities: Iterable[str]) -> set[str]:
+        """Those identities that `finished` would return, without reading their results."""
+        with self._reading() as connection:
+            return history.have(connection, identities)
+
     def done(self, limit: int) -> list[history.Done]:
         """The newest finished jobs, at most `limit`, with the time they took."""
         with self._reading() as connection:

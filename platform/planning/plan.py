@@ -55,7 +55,7 @@ def look_up(graph: Graph, url: str) -> Known:
         return Known()
     with store:
         return Known(
-            frozenset(store.finished(cell.identity for cell in graph.cells)),
+            frozenset(store.have(cell.identity for cell in graph.cells)),
             store.previous(graph.name),
             History.of(store.done(NEWEST)),
         )
