@@ -94,7 +94,7 @@ def attend(
 def _attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """One query row per sequence: the query heads of a KV head become its rows.
 
-    On CPU 1.4 times as fast as `enable_gqa`, 5 to 25 times as repeating the keys.
+    No key is repeated in memory, and on CPU the kernel is faster than with `enable_gqa`.
     """
     batch, heads, _, dim = q.shape
     grouped = q.reshape(batch, k.shape[1], -1, dim)

@@ -41,7 +41,7 @@ class Policy(ABC):
     def rule(self, layer: int, own: Rule) -> Rule:
         """What a query of decoder layer `layer` may read; `own` is the model's rule.
 
-        It must allow no row that a full cache of this capacity would have dropped: a prompt is
-        read in one pass, before anything is dropped, and must be read under the same rule.
+        It must allow exactly what the slots would hold: a prompt is read in one pass, before
+        anything is dropped, and a decode step without padding reads every held row unmasked.
         """
         return own

@@ -90,7 +90,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.activation = config.activation
-        # Two maps rather than one fused: on CPU a training step is 7 % faster, decode no slower.
+        # Two maps rather than one fused: the backward pass need not join their gradients again.
         self.gate = (
             nn.Linear(config.width, config.ffn_width, bias=config.mlp_bias)
             if config.gated
