@@ -36,3 +36,15 @@ def test_previous_gives_the_parts_of_each_cells_newest_result(lab: Any, new_job:
         lab.finish(lab.store.load(lab.workflow).jobs[0].id)
     assert lab.store.previous("study") == {"a": {"spec": "zz"}}
     assert lab.store.previous("nothing") == {}
+
+
+def test_have_knows_what_has_a_result_of_its_own(lab: Any) -> None:
+    one, two, three = lab.jobs
+    identities = [lab.row(job).identity for job in lab.jobs]
+    lab.finish(one)
+    lab.start(two)
+    assert lab.store.have([*identities, identities[0], "unknown"]) == {identities[0]}
+    assert lab.store.have(str(n) for n in range(12_000)) == set()
+    with lab.batch() as batch:
+        batch.reuse(three, FinishedJob(one, lab.workflow, {}, None, 0.0))
+    assert lab.store.have(identities) == {identities[0]} == set(lab.store.finished(identities))
