@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 from kvlab.db.batches import Batch
 from kvlab.db.states import Cause, JobState
@@ -13,12 +12,11 @@ from kvlab.platform.controller.ledger import Ledger
 from kvlab.platform.controller.leftovers import forget_checkpoints
 from kvlab.platform.controller.pool import Pool
 from kvlab.platform.controller.running import POLL_SECONDS, POLLS_PER_SECOND, End, Running
+from kvlab.platform.controller.salvage import last_sign, salvage
 from kvlab.platform.controller.schedule import Move, Schedule
 from kvlab.platform.controller.slots import Slots, SlotState
 from kvlab.platform.home import Home
 from kvlab.platform.record.recorder import Tail
-from kvlab.platform.worker.checkpoints import newest
-from kvlab.platform.worker.message import Assignment
 
 REUSED_AFTER = frozenset({Cause.DONE, Cause.USER_ERROR, Cause.DIVERGED, Cause.STOPPED})
 """Ends that leave a worker process fit for another job."""
@@ -138,6 +136,8 @@ class Attempts:
             if running.failing is not None:
                 self._judge(running, now)
         for job in self._schedule.overdue(now):
+            if job not in self.running:
+                continue
             seconds = self._schedule.task(job).timeout
             late = {"cause": Cause.TIMED_OUT, "message": f"ran longer than its {seconds:g} s"}
             self.end(job, late, now, kill=True)
@@ -156,7 +156,7 @@ class Attempts:
         cause = Cause(end["cause"])
         attempt = running.tail.attempt
         message = end.get("message")
-        if cause is Cause.STOPPED and not running.asked:
+        if cause is Cause.STOPPED and not (running.asked or kill):
             cause, message = Cause.USER_ERROR, "the job stopped though nobody asked it to"
         self.measuring -= self._schedule.task(job).resources.exclusive
         verdict = self._schedule.ended(job, cause, now)
@@ -214,8 +214,13 @@ class Attempts:
 
     def abandon(self, now: float) -> None:
         """End what did not stop in time."""
-        for job in list(self.running):
-            self.end(job, {"cause": Cause.STOPPED, "message": "stopped"}, now, kill=True)
+        self.end_all(Cause.STOPPED, now)
+
+    def end_all(self, cause: Cause, now: float) -> None:
+        """End every running attempt now."""
+        # The end of one may end others: those that waited behind it.
+        while self.running:
+            self.end(next(iter(self.running)), {"cause": cause, "message": cause}, now, kill=True)
 
     def adopt(self, job: int, now: float, *, live: bool) -> None:
         """Take over an attempt that another controller began.
@@ -239,10 +244,9 @@ class Attempts:
             self._schedule.watch(job, last.started_at)
             return
         running.asked = True
-        spool = self._home.spool(*running.key)
         cause = Cause.NODE_LOST if live else Cause.STOPPED
         end = running.tail.end or {"cause": cause, "message": "its controller died, and it did too"}
-        self.end(job, end, now, worked_until=_modified(spool, running.since))
+        self.end(job, end, now, worked_until=last_sign(self._home, running.tail, running.since))
 
     def _start(self, job: int, slot: int, now: float) -> None:
         attempt = self._schedule.started(job, now)
@@ -265,26 +269,9 @@ class Attempts:
         self.measuring += one.shape.exclusive
         self.running[job] = Running(Tail(job, attempt), slot, workers, now, now, first)
         self._by_slot.setdefault(slot, []).append(job)
-        inputs = self._jobs.inputs(job)
-        assignments = [
-            Assignment(
-                workflow=self._workflow,
-                job=job,
-                attempt=attempt,
-                cell=row.name,
-                kind=row.kind,
-                spec=row.spec,
-                identity=row.identity,
-                inputs=inputs,
-                restore=restore,
-                threads=one.threads,
-                gpus=one.shape.gpus,
-                rank=rank,
-                workers=workers,
-                rendezvous=self._pool.rendezvous(slot),
-            )
-            for rank in range(workers)
-        ]
+        assignments = self._jobs.assignments(
+            self._workflow, job, attempt, restore, one, self._pool.rendezvous(slot)
+        )
         self._ledger.then(lambda: self._pool.run(slot, assignments))
 
     def _leave(self, running: Running, fit: bool, now: float, quick: bool) -> None:
@@ -320,16 +307,10 @@ class Attempts:
             self.end(running.tail.job, end, now)
 
     def _read_file(self, running: Running, now: float) -> None:
-        """Read what a dead worker left: its spool, and a checkpoint it could not tell of."""
         tail = running.tail
-        tail.take_file(self._home.spool(*running.key))
-        folder = self._home.checkpoints(self._jobs[tail.job].identity, tail.job)
-        untold = newest(folder, tail.attempt)
-        if untold is not None and (tail.checkpoint is None or untold > tail.checkpoint):
-            tail.reveal(*untold)
+        kept = salvage(self._home, self._jobs[tail.job].identity, tail)
         self._took(running, now)
-        if tail.checkpoint is not None:
-            running.kept = _modified(Path(tail.checkpoint[1]), running.kept)
+        running.kept = kept or running.kept
 
     def _drop(self, slot: int, now: float) -> None:
         """Kill the slot; what waited in it is queued again."""
@@ -344,10 +325,3 @@ class Attempts:
         self._home.spool(job, attempt).unlink(missing_ok=True)
         if checkpointed:
             forget_checkpoints(self._home, self._jobs[job].identity, job)
-
-
-def _modified(path: Path, otherwise: float) -> float:
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:
-        return otherwise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import logging
 import os
@@ -55,6 +56,8 @@ class ControllerActor:
             workflow if isinstance(workflow, int) else submit(self._store, workflow, pool.slots)
         )
         self._store.status(number)
+        # Unique on a cluster that several homes share.
+        pool.label = f"{hashlib.sha256(self._home.url.encode()).hexdigest()[:8]}-{number}"
         mirror = mirror_of(self._home) if self._mlflow else None
         self._controller = Controller(
             self._home, self._store, number, detached=True, pool=pool, mirror=mirror

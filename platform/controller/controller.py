@@ -10,7 +10,7 @@ from functools import partial
 from kvlab import KvlabError
 from kvlab.db.batches import Batch
 from kvlab.db.rows import FinishedJob, Lease, Workflow
-from kvlab.db.states import JobState, WorkflowState
+from kvlab.db.states import Cause, JobState, WorkflowState
 from kvlab.db.store import Store
 from kvlab.platform.controller.attempts import STARTS, Attempts
 from kvlab.platform.controller.inbox import (
@@ -39,6 +39,7 @@ STOP_SECONDS = 30.0
 """How long jobs have to checkpoint after a request to stop."""
 
 NODES_SECONDS = 10.0
+"""How often a cluster is asked which nodes it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,7 @@ class Controller:
         self._schedule = Schedule([])
         self._jobs = Jobs([])
         self._stop_by: float | None = None
+        self._nodes_at = 0.0
         self._cancelled = False
         self._attempts: Attempts | None = None
 
@@ -159,6 +161,8 @@ class Controller:
         running = [job for job in open_jobs if self._schedule.state(job) is JobState.RUNNING]
         for job in running:
             attempts.adopt(job, now, live=self._detached)
+        if self._detached:
+            self._pool.sweep()
         finished = self._store.finished({self._jobs[job].identity for job in open_jobs})
         for job in open_jobs:
             found = finished.get(self._jobs[job].identity)
@@ -189,6 +193,9 @@ class Controller:
             attempts.abandon(now)
         if attempts.failed_starts >= STARTS:
             raise KvlabError(f"workers cannot be started: {attempts.start_error}")
+        if self._detached and now >= self._nodes_at:
+            self._nodes_at = now + NODES_SECONDS
+            self._slots.set_nodes(self._pool.nodes())
         attempts.dispatch(now)
         for slot in self._slots.expire(now):
             self._ledger.then(partial(self._pool.kill, slot))
@@ -226,10 +233,8 @@ class Controller:
 
     def _cancel(self, attempts: Attempts, now: float) -> None:
         self._cancelled = True
-        moves, running = self._schedule.cancel()
-        attempts.moved(moves)
-        for job in running:
-            attempts.end(job, {"cause": "cancelled", "message": "cancelled"}, now, kill=True)
+        attempts.moved(self._schedule.cancel())
+        attempts.end_all(Cause.CANCELLED, now)
 
     def _patience(self, attempts: Attempts) -> float:
         """Seconds until something is due."""

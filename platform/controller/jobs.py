@@ -9,8 +9,10 @@ from typing import Any
 from kvlab.db.rows import FinishedJob, JobRow, NewJob
 from kvlab.db.states import Cause, JobState
 from kvlab.platform.controller.schedule import Task
+from kvlab.platform.controller.slots import Slot
 from kvlab.platform.controller.snapshot import Change
 from kvlab.platform.graph import Cell, Resources
+from kvlab.platform.worker.message import Assignment
 
 
 class Jobs:
@@ -60,6 +62,37 @@ class Jobs:
             for role, name in self.rows[job].parents.items()
         }
         return {role: folder for role, folder in found.items() if folder is not None}
+
+    def assignments(
+        self,
+        workflow: int,
+        job: int,
+        attempt: int,
+        restore: tuple[int, str] | None,
+        slot: Slot,
+        rendezvous: str | None,
+    ) -> list[Assignment]:
+        """What each rank of an attempt on `slot` is told."""
+        row, inputs = self.rows[job], self.inputs(job)
+        return [
+            Assignment(
+                workflow=workflow,
+                job=job,
+                attempt=attempt,
+                cell=row.name,
+                kind=row.kind,
+                spec=row.spec,
+                identity=row.identity,
+                inputs=inputs,
+                restore=restore,
+                threads=slot.threads,
+                gpus=slot.shape.gpus,
+                rank=rank,
+                workers=slot.shape.workers,
+                rendezvous=rendezvous,
+            )
+            for rank in range(slot.shape.workers)
+        ]
 
     def note(self, job: int, attempt: int, state: JobState, **columns: Any) -> None:
         """The job's row changed: to `state`, and in these columns."""

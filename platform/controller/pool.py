@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -46,12 +47,14 @@ class Pool:
 
     Args:
         detached: workers outlive their controller (a cluster); otherwise they die with it.
+        label: in the names of the workers, so that a later controller finds those it has to.
 
     Attributes:
         slots: the books of which workers there are and what they do.
     """
 
-    def __init__(self, home: Home, *, detached: bool = False) -> None:
+    def __init__(self, home: Home, *, detached: bool = False, label: str = "") -> None:
+        self.label = label
         self.inbox = self._inbox = Inbox()
         # An attempt that waits behind another is no adopter's to find: a cluster has none.
         self.slots = Slots(self.nodes(), depth=1) if detached else Slots(self.nodes())
@@ -72,7 +75,7 @@ class Pool:
 
     def create(self, slot: Slot) -> None:
         """Start the slot's workers side by side; `Up` follows, or `Lost`."""
-        crew = self._crews[slot.id] = _Crew(f"worker-{uuid.uuid4().hex[:16]}")
+        crew = self._crews[slot.id] = _Crew(f"worker-{self.label}-{uuid.uuid4().hex[:16]}")
         if len(slot.places) > 1:
             crew.group = placement_group(
                 [_bundle(room) for _, room in slot.places],
@@ -109,6 +112,16 @@ class Pool:
         """Take over the live workers called `name`."""
         actors = [ray.get_actor(_ranked(name, rank), NAMESPACE) for rank in range(workers)]
         self._crews[slot] = _Crew(name, actors)
+
+    def sweep(self) -> None:
+        """Kill the workers of this label that are no slot's: idle ones of a dead controller."""
+        kept = {
+            _ranked(c.name, rank) for c in self._crews.values() for rank in range(len(c.actors))
+        }
+        for name in ray.util.list_named_actors():
+            if name.startswith(f"worker-{self.label}-") and name not in kept:
+                with contextlib.suppress(ValueError):  # it ended just now
+                    ray.kill(ray.get_actor(name, NAMESPACE))
 
     def greet(self, slot: int) -> None:
         """Ask the slot's workers whether they are up; gangs get a fresh rendezvous."""

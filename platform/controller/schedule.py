@@ -78,7 +78,7 @@ class Schedule:
         self._ready: dict[Resources, list[int]] = defaultdict(list)
         self._delayed: list[tuple[float, int]] = []
         self._deadlines: list[tuple[float, int, int]] = []
-        self._stopping = False
+        self._stopping = self._cancelled = False
         self.counts: Counter[JobState] = Counter()
         for job in self._jobs.values():
             for need in job.task.needs:
@@ -156,7 +156,7 @@ class Schedule:
         if cause is Cause.DONE:
             self._set(one, JobState.DONE)
             return Verdict(JobState.DONE, self._release(one))
-        if cause is Cause.CANCELLED:
+        if cause is Cause.CANCELLED or self._cancelled:
             self._set(one, JobState.CANCELLED)
             return Verdict(JobState.CANCELLED, self._skip(one))
         if cause is Cause.STOPPED:
@@ -208,18 +208,17 @@ class Schedule:
         """Let nothing begin any more."""
         self._stopping = True
 
-    def cancel(self) -> tuple[list[Move], list[int]]:
-        """Cancel all that has not begun; return the moves, and the running jobs to be ended."""
-        moves, running = [], []
+    def cancel(self) -> list[Move]:
+        """Cancel all that has not begun; running jobs are cancelled when their attempts end."""
+        self._cancelled = True
+        moves = []
         for job, one in self._jobs.items():
-            if one.state is JobState.RUNNING:
-                running.append(job)
-            elif one.state in (JobState.WAITING, JobState.QUEUED):
+            if one.state in (JobState.WAITING, JobState.QUEUED):
                 self._set(one, JobState.CANCELLED)
                 moves.append(Move(job, JobState.CANCELLED))
         self._ready.clear()
         self._delayed.clear()
-        return moves, running
+        return moves
 
     def _set(self, job: _Job, state: JobState) -> None:
         self.counts[job.state] -= 1

@@ -114,6 +114,14 @@ class Slots:
         each = f"{rooms[-1].cpus:g} CPUs, {rooms[-1].gpus:g} GPUs"
         return f"a node of {each}" if len(rooms) == 1 else f"{len(rooms)} nodes, at best of {each}"
 
+    def set_nodes(self, nodes: Mapping[str, Room]) -> None:
+        """Nodes came or went. Workers on one that went are reported lost by themselves."""
+        nothing = Room(0)
+        for node in {*self._total, *nodes}:
+            change = nodes.get(node, nothing) - self._total.get(node, nothing)
+            self._total[node] = self._total.get(node, nothing) + change
+            self._free[node] = self._free.get(node, nothing) + change
+
     def decide(self, schedule: Schedule) -> Decision:
         """Match ready jobs with slots. A job that does not fit yet never holds up one that does."""
         decision = Decision()

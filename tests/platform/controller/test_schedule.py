@@ -93,13 +93,12 @@ def test_a_stopped_attempt_costs_no_retry():
     assert schedule.shapes() == []
 
 
-def test_cancel_names_what_runs_and_ends_the_rest():
+def test_cancel_lets_nothing_run_again():
     schedule = fresh([Task(1), Task(2, (1,)), Task(3)])
     schedule.started(schedule.take(ONE), 0.0)
-    moves, running = schedule.cancel()
-    assert running == [1]
-    assert sorted(moves) == [Move(2, JobState.CANCELLED), Move(3, JobState.CANCELLED)]
-    assert schedule.ended(1, Cause.CANCELLED, 0.0).state is JobState.CANCELLED
+    assert schedule.cancel() == [Move(2, JobState.CANCELLED), Move(3, JobState.CANCELLED)]
+    assert not schedule.finished
+    assert schedule.ended(1, Cause.STOPPED, 0.0).state is JobState.CANCELLED
     assert schedule.finished
 
 
