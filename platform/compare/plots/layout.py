@@ -53,7 +53,8 @@ def layout(x: Figure, y: Figure, legend: bool = True) -> Figure:
         "xaxis": {**_AXIS, "automargin": True, **x},
         "yaxis": {**_AXIS, "automargin": True, **y},
         "showlegend": legend,
-        "legend": {"orientation": "h", "y": -0.25, "x": 0},
+        # At the foot of the figure, which makes room for it: never over the axis title.
+        "legend": {"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom"},
         "hovermode": "closest",
     }
 
@@ -70,7 +71,9 @@ def measure_axis(column: Column, arms: Sequence[Arm]) -> Figure:
     numbers = [arm.number(column.id) for arm in arms]
     values = [v for n in numbers for v in (n.value, n.low, n.high) if v is not None]
     room = 0.2 * ((max(values) - min(values)) or abs(max(values)) or 1.0)
-    low = 0.0 if column.kind.place == "speed" else min(values) - room
+    # From zero where that leaves the marks apart.
+    spread = column.kind.place == "speed" and min(values) < 0.6 * max(values)
+    low = 0.0 if spread else min(values) - room
     return titled(f"{short(column)}{unit} ({better})", range=[low, max(values) + room])
 
 
