@@ -11,11 +11,11 @@ from kvlab.db.states import JobState
 from kvlab.platform.compare.arms import Draft, gather, missing, seed_of
 from kvlab.platform.compare.columns import Layout, lay_out
 from kvlab.platform.compare.differences import change, log_ratio, verdict
+from kvlab.platform.compare.labels import grouped, listed
 from kvlab.platform.compare.metrics import METRICS
 from kvlab.platform.compare.model import Arm, Column, Comparison, Cost, Front, Number
 from kvlab.platform.compare.pareto import front
 from kvlab.platform.compare.statistics import summarise
-from kvlab.platform.compare.summary import grouped, listed
 
 
 def compare(workflow: Workflow) -> Comparison:

@@ -1,9 +1,9 @@
-"""What an arm is called, and its method in words."""
+"""What an arm is called, its method in words, and lists of names."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -63,6 +63,21 @@ def plain(value: Any) -> str:
 def canonical(value: Any) -> str:
     """One text per JSON value, whatever the order of its keys."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def grouped(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    """Names by their reason."""
+    found: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        found.setdefault(reason, []).append(name)
+    return found
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    if len(names) < 2:
+        return "".join(names)
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _choice(name: str, parameters: Mapping[str, Any], varying: set[str]) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from kvlab.platform.compare.formats import percent_text
-from kvlab.platform.compare.metrics import METRICS
+from kvlab.platform.compare.labels import grouped, listed
 from kvlab.platform.compare.model import Arm, Change, Column, Comparison
 
 MOST_ARMS = 8
@@ -21,7 +21,7 @@ def summarise_in_words(comparison: Comparison) -> list[str]:
         return ["This workflow measures no model, so there is nothing to compare."]
     columns = _columns(comparison)
     sentences = [_opening(comparison)]
-    for arm in _worth_words(comparison):
+    for arm in _spoken_of(comparison):
         if arm.against is not None and (claims := _claims(arm, columns)):
             sentences.append(f"{arm.id} against {arm.against}: {'; '.join(claims)}.")
     sentences.extend(_worth(comparison, columns))
@@ -29,7 +29,7 @@ def summarise_in_words(comparison: Comparison) -> list[str]:
     return sentences
 
 
-def _worth_words(comparison: Comparison) -> list[Arm]:
+def _spoken_of(comparison: Comparison) -> list[Arm]:
     """All arms, or those on the front where there are too many to read about."""
     if len(comparison.arms) <= MOST_ARMS or comparison.front is None:
         return list(comparison.arms[: MOST_ARMS + 1])
@@ -45,10 +45,8 @@ def _columns(comparison: Comparison) -> list[Column]:
 
 
 def _opening(comparison: Comparison) -> str:
-    seeds = sorted(
-        {len(number.seeds) for arm in comparison.arms for number in arm.numbers.values()}
-    )
-    most = seeds[-1] if seeds else 0
+    counts = [len(n.seeds) for arm in comparison.arms for n in arm.numbers.values()]
+    most = max(counts, default=0)
     arms = len(comparison.arms)
     text = f"{arms} {'arm' if arms == 1 else 'arms'}, {most} {'seed' if most == 1 else 'seeds'}"
     lost = sum(comparison.jobs.get(state, 0) for state in ("failed", "skipped", "cancelled"))
@@ -98,10 +96,10 @@ def _signed(ratio: float | None) -> str:
 
 def _worth(comparison: Comparison, columns: Sequence[Column]) -> list[str]:
     """Arms that gain something known while no quality is known to be lost, and the reverse."""
-    quality = [c for c in columns if METRICS[c.metric].place == "quality"]
+    quality = [c for c in columns if c.kind.place == "quality"]
     others = [c for c in columns if c not in quality]
     sentences = []
-    for arm in _worth_words(comparison):
+    for arm in _spoken_of(comparison):
         gains = [c for c in others if _is(arm, c, "better")]
         if not gains or not quality or arm.against is None:
             continue
@@ -127,21 +125,6 @@ def _undecided(arm: Arm, gained: str, quality: str, high: float) -> str:
     if high > NEGLIGIBLE:
         return f"{arm.id} gains on {gained}; its quality is undecided: {worst} is not ruled out."
     return f"{arm.id} gains on {gained} without a loss of quality that shows: at worst {worst}."
-
-
-def grouped(reasons: Mapping[str, str]) -> dict[str, list[str]]:
-    """Names by their reason."""
-    found: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        found.setdefault(reason, []).append(name)
-    return found
-
-
-def listed(names: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    if len(names) < 2:
-        return "".join(names)
-    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _front(comparison: Comparison) -> list[str]:
@@ -171,9 +154,7 @@ def _is(arm: Arm, column: Column, verdict: str) -> bool:
 
 
 def _named(column: Column) -> str:
-    title = METRICS[column.metric].title
+    metric = column.kind
     return (
-        f"{title} at batch {column.batch}"
-        if column.batch and METRICS[column.metric].timed
-        else title
+        f"{metric.title} at batch {column.batch}" if column.batch and metric.timed else metric.title
     )
