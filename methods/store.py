@@ -88,5 +88,5 @@ def _described(path: Path) -> tuple[DecoderConfig, dict[str, Any]]:
         return DecoderConfig.from_dict(description["config"]), description["method"]
     except KeyError as error:
         raise StoreError(f"{path}: {error} is missing") from error
-    except (OSError, ValueError, TypeError, KvlabError) as error:
+    except (OSError, ValueError, RecursionError, TypeError, KvlabError) as error:
         raise StoreError(f"{path}: no readable model description ({error})") from error

@@ -66,7 +66,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(batch, rows, -1, self.head_dim).transpose(1, 2)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = _normed(q, self.q_norm), _normed(k, self.k_norm)
         if not cache.rotates:
             q, k = step.rotation(q), step.rotation(k)
         cache.write(layer, k, v, step.positions)
@@ -82,6 +82,12 @@ class Attention(nn.Module):
             want_key_mass=cache.wants_key_mass, mask=step.mask(rule, k_positions),
         )  # fmt: skip
         return self.out(out.transpose(1, 2).flatten(2)), key_mass
+
+
+def _normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """Normalise each head in the dtype it has: autocast leaves the norm's weight in float32."""
+    assert norm.weight is not None
+    return F.rms_norm(x, (x.shape[-1],), norm.weight.to(x.dtype), norm.eps)
 
 
 class FeedForward(nn.Module):

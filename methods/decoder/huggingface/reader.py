@@ -102,7 +102,7 @@ def _files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     try:
         weight_map: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index}: no readable index ({error!r})") from error
     names = set(weight_map.values()) if isinstance(weight_map, Mapping) else set()
     for name in names:

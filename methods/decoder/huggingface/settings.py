@@ -46,7 +46,7 @@ class Settings:
         """Read config.json; raise a CheckpointError naming it if it is none."""
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: no readable JSON ({error})") from error
         if not isinstance(raw, dict):
             raise CheckpointError(f"{path}: must be a JSON object, found {type(raw).__name__}")

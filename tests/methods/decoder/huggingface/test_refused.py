@@ -71,7 +71,12 @@ def test_settings(
 
 @pytest.mark.parametrize(
     ("text", "error"),
-    [("{", "no readable JSON"), ("[]", "must be a JSON object"), ("{}", "architecture none is")],
+    [
+        ("{", "no readable JSON"),
+        ("[" * 99999, "no readable JSON"),
+        ("[]", "must be a JSON object"),
+        ("{}", "architecture none is"),
+    ],
 )
 def test_a_config_that_is_none(tmp_path: Path, text: str, error: str) -> None:
     (tmp_path / "config.json").write_text(text)
