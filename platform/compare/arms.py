@@ -99,8 +99,13 @@ def _draft(
     key = (model.job, canonical(axes), canonical(applied))
     if key not in drafts:
         apply = method_text(applied, applied_names)
+        name = arm_name(model.job, axes, apply)
+        # Only axes that JSON tells apart and text does not, as 1 and "1", can meet here.
+        same = sum(
+            draft.id == name or draft.id.startswith(f"{name} #") for draft in drafts.values()
+        )
         method = method_text(model.spec.get("method") or {}, trained_names) or FULL
-        drafts[key] = Draft(arm_name(model.job, axes, apply), model.job, axes, method, apply)
+        drafts[key] = Draft(f"{name} #{same + 1}" if same else name, model.job, axes, method, apply)
     return drafts[key]
 
 

@@ -96,8 +96,15 @@ def _number(column: Column, draft: Draft, other: Draft | None, layout: Layout) -
         low=low,
         high=high,
         void="; ".join(reasons) if not standing else None,
+        missing=_left_out(len(samples) - len(standing), reasons) if standing else None,
         change=change(METRICS[column.metric], samples, theirs) if theirs else None,
     )
+
+
+def _left_out(count: int, reasons: list[str]) -> str | None:
+    if not count:
+        return None
+    return f"{count} {'seed' if count == 1 else 'seeds'} left out ({'; '.join(reasons)})"
 
 
 def _baseline(drafts: list[Draft], job: str | None) -> tuple[list[Draft], list[str]]:
@@ -194,6 +201,8 @@ def _notes(arms: tuple[Arm, ...]) -> list[str]:
     voided = {arm.id: number.void for arm, number in numbers if number.void}
     for reason, names in grouped(voided).items():
         notes.append(f"Void because {reason}: {listed(names)}.")
+    lacking = {arm.id: n.missing for arm, n in numbers if n.value is not None and n.missing}
+    notes += [f"{name}: {reason}." for name, reason in lacking.items()]
     if any(number.value is not None and len(number.seeds) == 1 for _, number in numbers):
         notes.append(
             "Some numbers come from one seed: nothing is known about how another seed would move "

@@ -29,7 +29,8 @@ class Number:
     """One number of one arm, over its seeds.
 
     Attributes:
-        value: mean over the seeds that have it; None when there is none, and `missing` says why.
+        value: mean over the seeds that have it and are not void; None when there is none.
+        missing: why there is no value, or why some seed of it was left out.
         seeds: the value of each seed. expected: how many seeds were to give one.
         sd: sample standard deviation over seeds (None for one seed).
         low, high: 95 % interval of the mean; with one seed the interval of its repeats, if any.

@@ -172,6 +172,8 @@ def _hint(arm: Arm, column: Column, number: Number) -> str:
             f"seed {seed}: {value_text(column.kind, value)}" for seed, value in number.seeds.items()
         )
         parts.append(each)
+    if number.missing is not None:
+        parts.append(number.missing)
     if number.change is not None:
         low, high = number.change.low, number.change.high
         span = f" [{low:.4g}, {high:.4g}]" if low is not None and high is not None else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,11 @@ class Lab:
         """The stored workflow."""
         with Store.open(f"sqlite:///{self.home / 'kvlab.db'}", read_only=True) as store:
             return store.load(wid)
+
+    def rename(self, old: str, new: str) -> None:
+        """Give the newest cell another name."""
+        self.jobs[-1] = replace(self.jobs[-1], name=new)
+        self.outcomes[new] = self.outcomes.pop(old)
 
 
 def block(length: int) -> dict[str, Any]:

@@ -179,10 +179,13 @@ def test_one_void_seed_is_left_out(lab: Any) -> None:
     for seed in (0, 1, 2):
         base = lab.train("base", seed)
         lab.benchmark(base, 100 + seed, gates={"alone": seed != 1}, batches=(1,))
-    number = headline(built(lab), "base", "tokens_per_second")
+    comparison = built(lab)
+    number = headline(comparison, "base", "tokens_per_second")
     assert number.void is None
     assert dict(number.seeds) == {"0": 100.0, "2": 102.0}
     assert number.expected == 3
+    assert number.missing == "1 seed left out (the machine was not idle)"
+    assert "base: 1 seed left out (the machine was not idle)." in comparison.notes
 
 
 def test_what_failed_is_shown_with_its_cause(lab: Any) -> None:
@@ -232,6 +235,14 @@ def test_a_baseline_matrix_pairs_on_the_axes_both_have(lab: Any) -> None:
     comparison = built(lab)
     assert comparison.arm("up[rate=2, rank=4]").against == "base[rate=2]"
     assert comparison.arm("other").against is None
+
+
+def test_axes_that_read_alike_stay_apart(lab: Any) -> None:
+    for value in (1, "1"):
+        name = lab.train("base", 0, axes={"x": value})
+        lab.rename(name, f"{name} {value!r}")
+        lab.evaluate(f"{name} {value!r}", 3.5)
+    assert [arm.id for arm in built(lab).arms] == ["base[x=1]", "base[x=1] #2"]
 
 
 def test_without_a_baseline_nothing_is_a_ratio(quickstart: Any) -> None:
