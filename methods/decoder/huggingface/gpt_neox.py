@@ -19,7 +19,7 @@ from kvlab.methods.decoder.huggingface.settings import Settings
 
 def _read(settings: Settings) -> DecoderConfig:
     width, heads = settings.size("hidden_size"), settings.size("num_attention_heads")
-    theta, scaling, fraction = settings.rope("rotary_emb_base", "rotary_pct")
+    theta, scaling, fraction = settings.rope("rotary_emb_base", "rotary_pct", 0.25)
     bias = settings.take("attention_bias", bool, True)
     settings.expect("num_key_value_heads", heads)
     for dropout in ("attention_dropout", "hidden_dropout"):

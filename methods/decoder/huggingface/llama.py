@@ -21,7 +21,7 @@ from kvlab.methods.decoder.huggingface.settings import CheckpointError, Settings
 def _common(settings: Settings) -> dict[str, Any]:
     """What the four have in common."""
     width, heads = settings.size("hidden_size"), settings.size("num_attention_heads")
-    theta, scaling, fraction = settings.rope("rope_theta", "partial_rotary_factor")
+    theta, scaling, fraction = settings.rope("rope_theta", "partial_rotary_factor", 1.0)
     if fraction != 1.0:
         raise CheckpointError(
             f"{settings.where}: 'partial_rotary_factor' {fraction} is not supported: must be 1"
@@ -55,6 +55,7 @@ def _read_llama(settings: Settings) -> DecoderConfig:
 
 def _read_mistral(settings: Settings) -> DecoderConfig:
     settings.assume(num_key_value_heads=8, sliding_window=4096)
+    settings.expect("attention_bias", False)
     window = settings.maybe("sliding_window", int)
     common = _common(settings)
     settings.close()
@@ -62,7 +63,7 @@ def _read_mistral(settings: Settings) -> DecoderConfig:
 
 
 def _read_qwen2(settings: Settings) -> DecoderConfig:
-    settings.assume(num_key_value_heads=32)
+    settings.assume(num_key_value_heads=32, sliding_window=4096)
     common = _common(settings)
     windows = _layer_windows(settings, common["layers"])
     settings.close()
@@ -70,7 +71,7 @@ def _read_qwen2(settings: Settings) -> DecoderConfig:
 
 
 def _read_qwen3(settings: Settings) -> DecoderConfig:
-    settings.assume(num_key_value_heads=32, head_dim=128)
+    settings.assume(num_key_value_heads=32, head_dim=128, sliding_window=4096)
     bias = settings.take("attention_bias", bool, False)
     common = _common(settings)
     windows = _layer_windows(settings, common["layers"])

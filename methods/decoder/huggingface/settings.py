@@ -17,7 +17,8 @@ HARMLESS = frozenset(
         "decoder_start_token_id", "classifier_dropout", "is_decoder", "is_encoder_decoder",
         "pretraining_tp", "torchscript", "task", "return_dict", "output_attentions",
         "output_hidden_states", "id2label", "label2id", "problem_type", "_name_or_path",
-        "_attn_implementation_autoset", "_commit_hash",
+        "_attn_implementation_autoset", "_commit_hash", "tokenizer_class",
+        "chunk_size_feed_forward",
     }
 )  # fmt: skip
 """Keys that do not change what the model computes."""
@@ -96,12 +97,17 @@ class Settings:
                 f"{self.where}: '{key}' {found!r} is not supported: it must be {value!r}"
             )
 
-    def rope(self, theta_key: str, fraction_key: str) -> tuple[float, RopeScaling | None, float]:
-        """Take the rotary settings, new style or old; return theta, scaling and rotated share."""
+    def rope(
+        self, theta_key: str, fraction_key: str, fraction: float
+    ) -> tuple[float, RopeScaling | None, float]:
+        """Take the rotary settings, new style or old; return theta, scaling and rotated share.
+
+        `fraction` is the share of a head that the architecture rotates where no key says.
+        """
         new, old = self.take("rope_parameters", dict, {}), self.take("rope_scaling", dict, {})
         inner = Settings(old or new, f"{self.where}: rope_parameters")
-        theta, fraction = self.take(theta_key, float, 10000.0), self.take(fraction_key, float, 1.0)
-        theta = inner.take("rope_theta", float, theta)
+        theta = inner.take("rope_theta", float, self.take(theta_key, float, 10000.0))
+        fraction = self.take(fraction_key, float, fraction)
         fraction = inner.take("partial_rotary_factor", float, fraction)
         kind = inner.take("rope_type", str, inner.take("type", str, "default"))
         inner.expect("type", kind)
