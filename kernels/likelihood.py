@@ -11,7 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from kvlab.kernels.precision import working_dtype
 
-LOGITS_PER_CHUNK = 1 << 20
+LOGITS_PER_CHUNK = 1 << 25
+LOGITS_PER_CHUNK_CPU = 1 << 20
+"""Logits worked on at a time: so many that launches are few; on CPU what its caches hold."""
 LOGITS_KEPT = 1 << 27
 """Logits that training keeps for the backward pass; a larger batch computes them a second time."""
 
@@ -38,7 +40,8 @@ class _LinearNll(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, table: Tensor, targets: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        ctx.chunk = max(256, LOGITS_PER_CHUNK // len(table))
+        at_once = LOGITS_PER_CHUNK_CPU if hidden.device.type == "cpu" else LOGITS_PER_CHUNK
+        ctx.chunk = max(256, at_once // len(table))
         ctx.dtype = dtype
         kept: list[Tensor] = []
         keep = any(ctx.needs_input_grad) and len(hidden) * len(table) <= LOGITS_KEPT

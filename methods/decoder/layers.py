@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvlab.kernels.attention import Rule, attend
+from kvlab.kernels.norm import rms_norm
 from kvlab.kernels.precision import working_dtype
 from kvlab.methods.cache.interface import Cache
 from kvlab.methods.decoder.config import DecoderConfig
@@ -55,8 +56,8 @@ class Attention(nn.Module):
         rows = (config.heads + 2 * config.kv_heads) * config.head_dim
         self.qkv = nn.Linear(config.width, rows, bias=config.qkv_bias)
         self.out = nn.Linear(config.heads * config.head_dim, config.width, bias=config.out_bias)
-        self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.rule = Rule(window=config.windows[layer] if config.windows else None)
 
     def forward(self, x: Tensor, step: Pass) -> tuple[Tensor, Tensor | None]:
@@ -66,7 +67,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(batch, rows, -1, self.head_dim).transpose(1, 2)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = _normed(q, self.q_norm), _normed(k, self.k_norm)
+            q, k = self.q_norm(q), self.k_norm(k)
         if not cache.rotates:
             q, k = step.rotation(q), step.rotation(k)
         cache.write(layer, k, v, step.positions)
@@ -82,12 +83,6 @@ class Attention(nn.Module):
             want_key_mass=cache.wants_key_mass, mask=step.mask(rule, k_positions),
         )  # fmt: skip
         return self.out(out.transpose(1, 2).flatten(2)), key_mass
-
-
-def _normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:
-    """Normalise each head in the dtype it has: autocast leaves the norm's weight in float32."""
-    assert norm.weight is not None
-    return F.rms_norm(x, (x.shape[-1],), norm.weight.to(x.dtype), norm.eps)
 
 
 class FeedForward(nn.Module):
@@ -138,8 +133,21 @@ class Layer(nn.Module):
         return out
 
 
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [..., width]."""
+        return rms_norm(x, self.weight, self.eps)
+
+
 def norm(config: DecoderConfig) -> nn.Module:
     """The family's normalisation over the residual stream."""
     if config.norm == "rms":
-        return nn.RMSNorm(config.width, config.norm_eps)
+        return RMSNorm(config.width, config.norm_eps)
     return nn.LayerNorm(config.width, config.norm_eps)

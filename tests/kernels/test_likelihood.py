@@ -21,7 +21,7 @@ def operands(dtype: torch.dtype = torch.double) -> tuple[Tensor, Tensor, Tensor]
 @pytest.mark.parametrize("kept", [1 << 27, 0], ids=["logits kept", "computed twice"])
 def test_value_and_gradients(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(likelihood, "LOGITS_KEPT", kept)
-    monkeypatch.setattr(likelihood, "LOGITS_PER_CHUNK", 1)  # three chunks of 256 rows at most
+    monkeypatch.setattr(likelihood, "LOGITS_PER_CHUNK_CPU", 1)  # three chunks of 256 rows at most
     hidden, table, targets = operands()
     nll = linear_nll(hidden, table, targets)
     expected = F.cross_entropy(F.linear(hidden, table), targets, reduction="none")
