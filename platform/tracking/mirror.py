@@ -35,6 +35,8 @@ LARGEST_BATCH = 1000
 """Metric points per request: MLflow's own limit."""
 
 PARENT = "mlflow.parentRunId"
+TRAINING = {"mlflow.experimentKind": "custom_model_development"}
+"""Makes MLflow's interface open its views for training runs, not those for agents."""
 STARTED = frozenset({JobState.RUNNING, JobState.DONE, JobState.FAILED})
 
 
@@ -171,7 +173,7 @@ class Mirror:
         client = self._connection()
         known = client.get_experiment_by_name(name)
         if known is None:
-            found = str(client.create_experiment(name, artifact_location=self._artifacts))
+            found = str(client.create_experiment(name, self._artifacts, TRAINING))
         else:
             found = str(known.experiment_id)
             if known.lifecycle_stage == "deleted":

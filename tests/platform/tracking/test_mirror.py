@@ -92,6 +92,8 @@ def test_a_workflow_is_a_run_with_its_jobs_nested_under_it(uri: str, tmp_path: P
     parent = client.get_run(marks["workflows"][7])
     child = client.get_run(marks["jobs"][2]["run_id"])
 
+    experiment = client.get_experiment_by_name("kvlab/study")
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     assert parent.info.run_name == "study #7"
     assert parent.info.status == "FINISHED"
     assert (parent.info.start_time, parent.info.end_time) == (100_500, 121_000)
