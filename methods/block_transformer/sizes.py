@@ -48,7 +48,7 @@ def sizes(config: DecoderConfig, params: BlockTransformerParams) -> Sizes:
     )
     block = config.with_(
         layers=block_layers,
-        windows=windows and _of_block(windows, block_layers),
+        windows=windows and _of_block(windows, block_layers, _stride(params)),
         max_positions=-(-config.max_positions // length),
     )
     token = config.with_(layers=token_layers, windows=None, max_positions=rows)
@@ -76,7 +76,7 @@ def origins(layers: int, params: BlockTransformerParams) -> tuple[list[int], lis
                 f"{layers} layers"
             )
         return list(range(block)), list(range(block, layers))
-    taken = list(range(0, layers, 2 if params.layers == "skip" else 1))
+    taken = list(range(0, layers, _stride(params)))
     return taken, taken
 
 
@@ -100,8 +100,14 @@ def _layers(layers: int, params: BlockTransformerParams) -> tuple[int, int]:
     return block, token
 
 
-def _of_block(windows: tuple[int | None, ...], layers: int) -> tuple[int | None, ...]:
-    return tuple(windows[i % len(windows)] for i in range(layers))
+def _stride(params: BlockTransformerParams) -> int:
+    """From one layer that the block decoder takes to the next."""
+    return 2 if params.layers == "skip" else 1
+
+
+def _of_block(windows: tuple[int | None, ...], layers: int, stride: int) -> tuple[int | None, ...]:
+    """The window of each layer taken; a taller block decoder begins again at the first."""
+    return tuple(windows[i * stride % len(windows)] for i in range(layers))
 
 
 def _resize(token: DecoderConfig, width: int, heads: int | None) -> DecoderConfig:

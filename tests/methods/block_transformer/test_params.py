@@ -45,6 +45,15 @@ def test_windows_of_the_decoder_are_counted_in_blocks() -> None:
     assert found.token.windows is None
 
 
+@pytest.mark.parametrize("layers", ["split", "skip", "duplicate"])
+def test_windows_follow_the_layers_taken(layers: str) -> None:
+    windows = (4, 8, 12, None, 20, 24)
+    params = BlockTransformerParams(block_length=4, layers=layers)
+    taken, _ = origins(6, params)
+    expected = tuple((windows[i] or 0) // 4 or None for i in taken)
+    assert sizes(CONFIG.with_(windows=windows), params).block.windows == expected
+
+
 def test_a_narrow_token_decoder() -> None:
     kept = sizes(CONFIG, BlockTransformerParams(token_width=24)).token
     assert (kept.width, kept.heads, kept.kv_heads, kept.head_dim, kept.ffn_width) == (
