@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -38,11 +39,40 @@ def first_target(config: DecoderConfig, method: Canonical) -> int:
     return _of(config, method).first_target()
 
 
-def training(config: DecoderConfig, spec: Mapping[str, Any]) -> Prediction:
+LORA = 2 / 3
+"""FLOPs of a step under LoRA: forward, and back through frozen weights that get no gradient."""
+
+
+def train_flops_per_token(
+    config: DecoderConfig,
+    spec: Mapping[str, Any],
+    teacher: tuple[DecoderConfig, Canonical] | None = None,
+) -> float:
+    """Return the FLOPs of a train or uptrain job per token of its rows.
+
+    Under LoRA what the low-rank products themselves cost is left out; a teacher (its sizes and
+    method) adds one forward pass.
+    """
+    length = spec["sequence_length"]
+    own = _of(config, spec["method"]).train_flops_per_token(length)
+    flops = own * LORA if spec.get("lora") else own
+    if teacher is not None:
+        flops += _of(*teacher).train_flops_per_token(length) / 3
+    return flops
+
+
+def training(
+    config: DecoderConfig,
+    spec: Mapping[str, Any],
+    teacher: tuple[DecoderConfig, Canonical] | None = None,
+) -> Prediction:
     """Predict a train or uptrain job."""
     itemsize = ITEMSIZES.get(spec["precision"], ITEMSIZE)
     cost = _of(config, spec["method"])
-    return _trained(cost, spec["sequence_length"], spec["tokens"], itemsize)
+    predicted = _trained(cost, spec["sequence_length"], spec["tokens"], itemsize)
+    if not spec.get("lora") and teacher is None:
+        return predicted
+    return replace(predicted, flops=train_flops_per_token(config, spec, teacher) * spec["tokens"])
 
 
 def scoring(config: DecoderConfig, method: Canonical, spec: Mapping[str, Any]) -> Prediction:

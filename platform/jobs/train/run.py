@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kvlab.methods.axis import from_dict
 from kvlab.methods.build import build, convert
 from kvlab.methods.decoder.config import DecoderConfig
@@ -38,7 +40,8 @@ def _model(spec: Mapping[str, Any]) -> LanguageModel:
     method = from_dict(spec["method"])
     if "config" in spec["model"]:
         return build(DecoderConfig.from_dict(dict(spec["model"]["config"])), method)
-    found = load(Path(spec["model"]["checkpoint"]))
+    # Whatever a checkpoint is stored in, weights and moments are float32; autocast does the rest.
+    found = load(Path(spec["model"]["checkpoint"]), dtype=torch.float32)
     return found if found.method.to_dict() == method.to_dict() else convert(found, method)
 
 

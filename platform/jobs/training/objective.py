@@ -45,13 +45,18 @@ class Objective(nn.Module):
         self._teacher = (teacher,)
         self.weight, self.temperature = weight, temperature
 
+    @property
+    def teacher(self) -> LanguageModel | None:
+        """The frozen model that is learnt from."""
+        return self._teacher[0]
+
     def forward(self, ids: Tensor, valid: Tensor | None, counts: Tensor) -> Sums:
         """Return the sums over tokens that the model predicts and that count.
 
         Args:
             ids: [B, T]. valid: [B, T] bool, None without padding. counts: [B, T] bool.
         """
-        (teacher,) = self._teacher
+        teacher = self.teacher
         if teacher is None:
             score = self.model(ids, valid)
             targets = score.scored & counts

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from kvlab.methods.axis import from_dict
 from kvlab.methods.build import convert
 from kvlab.methods.model import LanguageModel
@@ -31,11 +33,11 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
     """
     device = environment.prepare(context, spec["seed"])
     with join(context) as gang:
-        model = convert(load(context.inputs["from"]), from_dict(spec["method"])).to(device)
+        parent = load(context.inputs["from"], dtype=torch.float32)
+        model = convert(parent, from_dict(spec["method"])).to(device)
         adapter = lora.attach(model, spec["lora"]) if spec["lora"] else None
-        objective = Objective(model)
-        if spec["distill"]:
-            objective = Objective(model, _teacher(context, model).to(device), **spec["distill"])
+        teacher = _teacher(context, model).to(device) if spec["distill"] else None
+        objective = Objective(model, teacher, **(spec["distill"] or {}))
         result = Training(objective, rows_of(model, spec, context), spec, context, gang).run()
         if adapter is not None:
             model = lora.merge(adapter)

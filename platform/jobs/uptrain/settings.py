@@ -62,6 +62,7 @@ class Uptrain(Kind):
         return {
             **optimization_spec(settings, around),
             "method": canonical(uptrained(settings.method)),
+            "stage": _stage(around.parents["from"]),
             "lora": lora and lora.model_dump(mode="json"),
             "distill": distill and distill.model_dump(exclude={"from_"}),
         }
@@ -102,4 +103,11 @@ class Uptrain(Kind):
         from kvlab.platform.jobs.cost import training
 
         config, _ = lineage(parents["from"])
-        return training(config, spec)
+        if not spec["distill"]:
+            return training(config, spec)
+        return training(config, spec, lineage(parents.get("teacher", parents["from"])))
+
+
+def _stage(parent: Parent) -> int:
+    """How many jobs trained the model before: each stage reads its text in an order of its own."""
+    return 1 + (_stage(parent.parents["from"]) if "from" in parent.parents else 0)

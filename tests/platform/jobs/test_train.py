@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from kvlab.methods.store import load
+from kvlab.methods.store import load, save
 from kvlab.platform.jobs.context import Diverged, JobError, Stopped
 from kvlab.platform.jobs.local import LocalContext, run_cell
 from kvlab.platform.jobs.train.run import run
@@ -124,7 +124,7 @@ def test_accumulation_is_the_larger_batch(data, train_spec, tmp_path):
 
 def test_divergence_is_named(data, train_spec, tmp_path):
     spec = train_spec()
-    spec["model"] = {"config": {**spec["model"]["config"], "init_std": 1e25}}
+    spec["model"] = {"config": {**spec["model"]["config"], "init_std": 1e38}}
     kept = tmp_path / "kept"
     with pytest.raises(Diverged, match=r"step \d+ of 12: loss"):
         run_cell("train", spec, {"data": data}, tmp_path / "out", checkpoints=kept)
@@ -155,6 +155,62 @@ def test_bfloat16_autocast_trains_float32_weights(data, train_spec, tmp_path):
     exact = run_cell("train", train_spec(), {"data": data}, tmp_path / "exact")
     assert result["loss"] != exact["loss"]
     assert abs(result["loss"] - exact["loss"]) < 0.05
+
+
+def test_a_checkpoint_in_half_precision_is_trained_in_float32(data, train_spec, base, tmp_path):
+    half = tmp_path / "half"
+    half.mkdir()
+    save(load(base, dtype=torch.bfloat16), half)
+    assert {t.dtype for t in weights(half).values()} == {torch.bfloat16}
+    model = {"checkpoint": str(half), "fingerprint": ""}
+    spec = train_spec(model=model, learning_rate=1e-6, tokens=512)
+    run_cell("train", spec, {"data": data}, tmp_path / "out")
+    before, after = weights(half), weights(tmp_path / "out")
+    assert {t.dtype for t in after.values()} == {torch.float32}
+    # Steps this small are below bfloat16's resolution: only float32 weights keep them.
+    moved = [after[k] - before[k].float() for k in after if after[k].dim() == 2]
+    assert all(0 < float(m.abs().max()) < 1e-5 for m in moved)
+
+
+def prompts(folder, lengths):
+    """A data folder of documents of these lengths in which only the ends of text count."""
+    folder.mkdir()
+    (folder / "data.json").write_text(json.dumps({"end_of_text": 0, "vocab_size": 257}))
+    (folder / "tokenizer.json").write_text("{}")
+    ends = torch.tensor(lengths).cumsum(0)
+    tokens = torch.ones(int(ends[-1]), dtype=torch.int32)
+    counts = torch.zeros(tokens.shape, dtype=torch.bool)
+    part = {"tokens": tokens, "ends": ends, "counts": counts, "bytes": tokens.clone()}
+    save_file(part, folder / "train.safetensors")
+    return folder
+
+
+def test_steps_without_a_target_are_passed_over(train_spec, tmp_path):
+    given = {"data": prompts(tmp_path / "data", [40] * 20)}
+    # A row holds 8 of the 41 tokens of a document and its end: four of five have no target.
+    spec = train_spec(batch_size=1, sequence_length=8, tokens=512, log_every=1)
+    context = LocalContext(folder=tmp_path, inputs=given)
+    result = run(spec, context)
+    assert result["steps"] == result["targets"] == 64
+    assert all(value > 0 for (key, _), value in context.points.items() if key == "loss")
+
+
+def test_text_without_any_target_is_refused(train_spec, block, tmp_path):
+    # Every row is one document in one block, and nothing predicts a first block.
+    given = {"data": prompts(tmp_path / "data", [3] * 20)}
+    method = block(8, random_padding=False)
+    spec = train_spec(batch_size=1, sequence_length=8, tokens=64, method=method)
+    with pytest.raises(JobError, match="no token that counts stands where"):
+        run_cell("train", spec, given, tmp_path / "out")
+
+
+def test_targets_are_what_the_loss_is_over(data, train_spec, block, tmp_path):
+    plain = run_cell("train", train_spec(), {"data": data}, tmp_path / "plain")
+    assert plain["targets"] == plain["steps"] * 4 * 31
+    blocks = run_cell("train", train_spec(method=block(4)), {"data": data}, tmp_path / "blocks")
+    assert blocks["tokens"] == plain["tokens"]
+    # The first block of a row is never predicted, and padding is no target.
+    assert blocks["targets"] < blocks["steps"] * 4 * 28
 
 
 def test_the_learning_rate_warms_up_then_falls_to_its_share():

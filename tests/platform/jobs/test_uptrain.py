@@ -1,5 +1,7 @@
 """Uptraining: conversion, distillation, LoRA merged into a plain model."""
 
+from itertools import combinations
+
 import pytest
 import torch
 
@@ -7,7 +9,8 @@ from kvlab.methods.axis import from_dict
 from kvlab.methods.build import convert
 from kvlab.methods.store import load
 from kvlab.platform.jobs.context import JobError, Stopped
-from kvlab.platform.jobs.local import run_cell
+from kvlab.platform.jobs.local import LocalContext, run_cell
+from kvlab.platform.jobs.training.loop import rows_of
 from kvlab.platform.jobs.training.objective import Objective, divergence
 from kvlab.platform.jobs.uptrain import lora
 
@@ -15,7 +18,13 @@ from kvlab.platform.jobs.uptrain import lora
 @pytest.fixture
 def uptrain(data, train_spec, base, tmp_path):
     def run(name="out", inputs=(), context=(), **changes):
-        spec = {**train_spec(learning_rate=1e-3), "lora": None, "distill": None, **changes}
+        spec = {
+            **train_spec(learning_rate=1e-3),
+            "stage": 1,
+            "lora": None,
+            "distill": None,
+            **changes,
+        }
         given = {"data": data, "from": base, **dict(inputs)}
         return run_cell("uptrain", spec, given, tmp_path / name, **dict(context))
 
@@ -141,6 +150,25 @@ def test_a_killed_lora_run_ends_in_the_same_bits(uptrain, block, tmp_path):
     uptrain("parts", context=kept, **changes)
     whole, parts = (load(tmp_path / name).state_dict() for name in ("whole", "parts"))
     assert all(whole[name].equal(parts[name]) for name in whole)
+
+
+def test_uptraining_reads_in_another_order_than_its_parent(data, train_spec, base, tmp_path):
+    model = load(base)
+    context = LocalContext(folder=tmp_path, inputs={"data": data})
+    spec = train_spec()
+    read = [rows_of(model, {**spec, "stage": stage}, context).take(64).ids for stage in range(3)]
+    assert rows_of(model, spec, context).take(64).ids.equal(read[0])
+    assert not any(one.equal(two) for one, two in combinations(read, 2))
+
+
+def test_a_teacher_and_low_rank_additions_count(uptrain, block):
+    changes = {"method": block(4), "tokens": 128}
+    plain = uptrain("plain", **changes)["flops"]
+    lora_ = uptrain("lora", **changes, lora={"rank": 2, "alpha": 4.0, "targets": None})["flops"]
+    taught = uptrain("taught", **changes, distill={"weight": 0.5, "temperature": 1.0})["flops"]
+    parent = uptrain("parent", method={}, tokens=128)["flops"]
+    assert lora_ == pytest.approx(plain * 2 / 3)
+    assert taught == pytest.approx(plain + parent / 3)
 
 
 def test_unknown_lora_targets_are_named(uptrain):
