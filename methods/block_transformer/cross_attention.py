@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +13,25 @@ from kvlab.methods.decoder.layers import norm
 from kvlab.methods.decoder.model import Decoder
 
 
+class Memory(nn.Module):
+    """The keys and values that one layer's cross-attention reads.
+
+    Apart from `CrossAttention`, because they are computed once a block and that runs every step;
+    sharded training gathers the weights of a module around its `forward`.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        rows = 2 * config.kv_heads * config.head_dim
+        self.kv = nn.Linear(config.width, rows, bias=config.qkv_bias)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Map vectors [M, n, W] to one tensor [M, 2 H_kv, n, D], keys first."""
+        rows = torch.as_tensor(self.kv(vectors))
+        return torch.unflatten(rows, -1, (-1, self.head_dim)).transpose(1, 2)
+
+
 class CrossAttention(nn.Module):
     """Attention to a memory without masks or positions: each memory vector has its own weights."""
 
@@ -25,15 +41,7 @@ class CrossAttention(nn.Module):
         self.norm = norm(config)
         inner = config.heads * config.head_dim
         self.q = nn.Linear(config.width, inner, bias=config.qkv_bias)
-        self.kv = nn.Linear(
-            config.width, 2 * config.kv_heads * config.head_dim, bias=config.qkv_bias
-        )
         self.out = nn.Linear(inner, config.width, bias=config.out_bias)
-
-    def memory(self, vectors: Tensor) -> Tensor:
-        """Return the keys and values of vectors [M, n, W] as one tensor [M, 2 H_kv, n, D]."""
-        rows = torch.as_tensor(self.kv(vectors))
-        return torch.unflatten(rows, -1, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         """Add to the residual stream x [M, T, W] what its rows read in memory."""
@@ -49,11 +57,13 @@ class CrossAttendingDecoder(Decoder):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
         self.cross = nn.ModuleList(CrossAttention(config) for _ in range(config.layers))
+        self.memories = nn.ModuleList(Memory(config) for _ in range(config.layers))
         self.cross.apply(self._initialise)
+        self.memories.apply(self._initialise)
 
     def memory(self, vectors: Tensor) -> list[Tensor]:
         """Return each layer's keys and values of vectors [M, n, W]."""
-        return [cross.memory(vectors) for cross in cast(Iterable[CrossAttention], self.cross)]
+        return [memory(vectors) for memory in self.memories]
 
     def body_over(
         self,
@@ -71,4 +81,5 @@ class CrossAttendingDecoder(Decoder):
         return torch.as_tensor(self.norm(hidden))
 
     def body_parameters(self) -> int:
-        return super().body_parameters() + sum(p.numel() for p in self.cross.parameters())
+        own = (self.cross, self.memories)
+        return super().body_parameters() + sum(p.numel() for m in own for p in m.parameters())
