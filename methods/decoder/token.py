@@ -20,5 +20,10 @@ ENTRY = Value(
     implementation="kvlab.methods.decoder.language_model:TokenModel",
     cost="kvlab.methods.decoder.cost",
     default=True,
-    sources=("kvlab.methods.decoder", "kvlab.methods.cache", "kvlab.kernels.attention"),
+    sources=(
+        "kvlab.methods.decoder",
+        "kvlab.methods.packing",
+        "kvlab.methods.cache",
+        "kvlab.kernels",
+    ),
 )
