@@ -53,10 +53,14 @@ class LanguageModel(nn.Module, ABC):
     """A decoder with a method's train-time axes applied.
 
     A value of the granularity axis names a subclass; it is made as `cls(config, method)`.
+
+    Attributes:
+        fresh: names of the parameters that `convert` did not take from the parent.
     """
 
     config: DecoderConfig
     method: Method
+    fresh: frozenset[str] = frozenset()
 
     @classmethod
     @abstractmethod

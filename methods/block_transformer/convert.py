@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -28,6 +28,7 @@ def convert(parent: LanguageModel, method: Method) -> BlockTransformer:
     for every vector, the token decoder with the parent's tables and final norm; the block
     decoder's final norm starts afresh, as in the reference (fact 3). What the parent has no
     counterpart of (encoders, cross-attention) is drawn at random; cross-attention adds nothing yet.
+    `fresh` names every parameter whose values are not the parent's own.
 
     Raises:
         KvlabError: the parent is no decoder over tokens or has other sizes than asked.
@@ -42,11 +43,15 @@ def convert(parent: LanguageModel, method: Method) -> BlockTransformer:
         raise KvlabError(problem)
     for_blocks, for_tokens = origins(parent.config.layers, params)
     with torch.no_grad():
-        _take_layers(model.block_decoder, source, for_blocks)
-        _take_layers(model.token_decoder.decoder, source, for_tokens)
-        _take_tables(model.token_decoder.decoder, source)
-        _start_embedder(model, source)
+        taken = [
+            *_take_layers(model.block_decoder, source, for_blocks),
+            *_take_layers(model.token_decoder.decoder, source, for_tokens),
+            *_take_tables(model.token_decoder.decoder, source),
+            *_start_embedder(model, source),
+        ]
         _start_expansion(model)
+    known = {id(parameter) for module in taken for parameter in module.parameters()}
+    model.fresh = frozenset(n for n, p in model.named_parameters() if id(p) not in known)
     return model
 
 
@@ -63,24 +68,29 @@ def _continue(parent: BlockTransformer, method: Method) -> BlockTransformer:
     return model
 
 
-def _take_layers(decoder: Decoder, source: Decoder, origin: Sequence[int]) -> None:
+def _take_layers(decoder: Decoder, source: Decoder, origin: Sequence[int]) -> Iterator[nn.Module]:
+    """Take over layers; yield them."""
     taken = cast(Sequence[Layer], source.layers)
     for layer, index in zip(decoder.layers, origin, strict=True):
         layer.load_state_dict(taken[index].state_dict())
+        yield layer
 
 
-def _take_tables(decoder: Decoder, source: Decoder) -> None:
-    """Take over embeddings, final norm and head; tied tables stay tied."""
+def _take_tables(decoder: Decoder, source: Decoder) -> Iterator[nn.Module]:
+    """Take over embeddings, final norm and head, tied tables tied; yield what was taken."""
     decoder.norm.load_state_dict(source.norm.state_dict())
+    yield decoder.norm
     for mine, theirs in ((decoder.embedding, source.embedding), (decoder.output, source.output)):
         if mine is not None and theirs is not None:
             mine.weight.copy_(theirs.weight)
+            yield mine
     if isinstance(decoder, CrossAttendingDecoder):
         for cross in cast(Iterable[CrossAttention], decoder.cross):
             nn.init.zeros_(cross.out.weight)
 
 
-def _start_embedder(model: BlockTransformer, source: Decoder) -> None:
+def _start_embedder(model: BlockTransformer, source: Decoder) -> Iterator[nn.Module]:
+    """Start the embedder as a mean of the parent's embeddings; yield the table taken over."""
     if model.params.uptrain_embedder == "random":
         return
     embedder, width = model.embedder, model.config.width
@@ -90,6 +100,7 @@ def _start_embedder(model: BlockTransformer, source: Decoder) -> None:
     length = model.params.block_length
     embedder.projection.weight.copy_(torch.eye(width).repeat(1, length) / length)
     nn.init.zeros_(embedder.projection.bias)
+    yield embedder.table
 
 
 def _start_expansion(model: BlockTransformer) -> None:

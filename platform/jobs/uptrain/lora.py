@@ -12,39 +12,43 @@ from kvlab.platform.jobs.context import JobError
 
 
 def attach(model: LanguageModel, settings: Mapping[str, Any]) -> Any:
-    """Freeze the model's layers and tables and give linear maps of its layers low-rank additions.
+    """Freeze what came from the parent and give linear maps of its layers low-rank additions.
 
-    What belongs to neither (a conversion's new projections, norms outside the layers) trains in
-    full: a conversion may start it from a mere identity.
+    What a conversion drew or started itself (`LanguageModel.fresh`: encoders, projections, norms)
+    trains in full.
 
     Args:
         model: changed in place.
-        settings: rank, alpha, targets (last parts of the names of linear maps; None: all there
-            are in layers).
+        settings: rank, alpha, targets (last parts of the names of linear maps; None: all that
+            layers took from the parent).
 
     Returns:
         peft's wrapper, for `merge`.
 
     Raises:
-        JobError: a target that no layer has.
+        JobError: a target that no layer from the parent has.
     """
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
 
-    inside = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and in_layer(n)]
+    fresh = model.fresh
+    inside = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and in_layer(name) and f"{name}.weight" not in fresh
+    ]
     targets = settings["targets"]
     if targets is not None:
         known = sorted({name.rpartition(".")[2] for name in inside})
         if unknown := sorted(set(targets) - set(known)):
             raise JobError(f"lora.targets: no layer has '{unknown[0]}'; it has {', '.join(known)}")
         inside = [name for name in inside if name.rpartition(".")[2] in targets]
-    whole = [n for n, p in model.named_parameters() if not in_layer(n) and not _table(model, p)]
     config = LoraConfig(
         r=settings["rank"], lora_alpha=settings["alpha"], target_modules=inside, lora_dropout=0.0
     )
     wrapper = LoraModel(model, config, "default")
     for name, parameter in model.named_parameters():
-        if name in whole:
+        if name in fresh:
             parameter.requires_grad_(True)
     return wrapper
 
@@ -60,7 +64,3 @@ def merge(wrapper: Any) -> LanguageModel:
 def in_layer(name: str) -> bool:
     """Say whether a module or parameter stands in a decoder layer."""
     return "layers" in name.split(".")
-
-
-def _table(model: LanguageModel, parameter: nn.Parameter) -> bool:
-    return parameter.dim() == 2 and model.config.vocab_size in parameter.shape

@@ -5,8 +5,9 @@ from itertools import combinations
 import pytest
 import torch
 
-from kvlab.methods.axis import from_dict
-from kvlab.methods.build import convert
+from kvlab.methods.axis import from_dict, resolve
+from kvlab.methods.build import build, convert
+from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.store import load
 from kvlab.platform.jobs.context import JobError, Stopped
 from kvlab.platform.jobs.local import LocalContext, run_cell
@@ -109,21 +110,51 @@ def test_masked_tokens_have_no_gradient(base):
         assert torch.allclose(one, parameter.grad, atol=1e-6)
 
 
-@pytest.mark.parametrize("length", [None, 2])
-def test_lora_ends_in_a_plain_model(uptrain, base, block, tmp_path, length):
-    method = {} if length is None else block(length)
+FRESH = {
+    "none": set(),
+    "plain": {"block_decoder.norm", "token_decoder.expansion", "embedder.projection"},
+    "lookup": {"block_decoder.norm", "token_decoder.expansion", "embedder"},
+    "encoder": {"block_decoder.norm", "token_decoder.expansion", "embedder"},
+}
+"""What a conversion starts itself: all below these names, and nothing else."""
+EMBEDDERS = {
+    "plain": {},
+    "lookup": {"embedder": "lookup", "uptrain_embedder": "random"},
+    "encoder": {"embedder": "encoder", "uptrain_embedder": "random"},
+}
+
+
+@pytest.mark.parametrize("arm", FRESH)
+def test_lora_freezes_what_came_from_the_parent(uptrain, base, block, tmp_path, arm):
+    method = {} if arm == "none" else block(2, **EMBEDDERS[arm])
+    torch.manual_seed(0)
+    before = convert(load(base), from_dict(method))
+    old = {name: tensor.clone() for name, tensor in before.state_dict().items()}
+    assert {n for n in old if any(n.startswith(f"{part}.") for part in FRESH[arm])} == before.fresh
+    parent = load(base).state_dict()
     uptrain("lora", method=method, lora={"rank": 2, "alpha": 4.0, "targets": None})
-    before, after = convert(load(base), from_dict(method)), load(tmp_path / "lora")
-    old, new = before.state_dict(), after.state_dict()
-    assert old.keys() == new.keys()
-    for name, weight in new.items():
+    for name, weight in load(tmp_path / "lora").state_dict().items():
         moved = weight - old[name]
-        if lora.in_layer(name) and weight.dim() == 2:
+        if name in before.fresh:
+            assert moved.any(), name
+        elif lora.in_layer(name) and weight.dim() == 2:
             assert int(torch.linalg.matrix_rank(moved, atol=1e-5)) == 2
-        elif lora.in_layer(name) or 257 in weight.shape:
-            assert not moved.any()
         else:
-            assert moved.any()
+            assert not moved.any(), name
+            assert any(weight.equal(theirs) for theirs in parent.values()), name
+
+
+def test_no_shape_makes_a_projection_a_table():
+    config = DecoderConfig(
+        vocab_size=64, width=32, layers=2, heads=2, kv_heads=2, head_dim=16, ffn_width=64
+    )
+    method = resolve({"block_transformer": {"block_length": 2}})
+    model = convert(build(config, resolve({})), method)
+    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    assert [32, 64] in [shapes[name] for name in model.fresh]
+    lora.attach(model, {"rank": 2, "alpha": 4.0, "targets": None})
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name in trained if "lora_" not in name} == model.fresh
 
 
 def test_merging_changes_no_prediction(base):
