@@ -52,6 +52,8 @@ class Batch:
 
         Args:
             state: DONE with cause DONE and a result; QUEUED to try again; FAILED or CANCELLED.
+            result: where its `gates` has a closed one (false), no later job takes it, unless its
+                `settled` names that gate: the settings alone decide it, for every run alike.
             artifact_uri: where the job's published folder is.
             lost_seconds: work that has to be done again because of this end.
 
@@ -74,6 +76,7 @@ class Batch:
         head.ended_at = self._pending.now
         if done:
             head.result = dump(result)
+            head.reusable = _is_reusable(result or {})
             if artifact_uri is not None:
                 self._pending.keep(job_id, "result", attempt, None, artifact_uri)
         self._pending.close_attempt(job_id, attempt, head.cause, head.message, lost_seconds)
@@ -171,6 +174,11 @@ def _check(head: Head, state: JobState) -> None:
     if state not in MOVES[head.state]:
         raise IllegalMove(f"job {head.id} is {head.state} and cannot become {state}")
     head.changed = True
+
+
+def _is_reusable(result: Mapping[str, Any]) -> bool:
+    closed = {name for name, open_ in (result.get("gates") or {}).items() if open_ is False}
+    return closed <= set(result.get("settled") or ())
 
 
 def _is_newest(head: Head, attempt: int) -> bool:

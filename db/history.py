@@ -51,9 +51,9 @@ def done(connection: Connection, limit: int) -> list[Done]:
 
 
 def have(connection: Connection, identities: Iterable[str]) -> set[str]:
-    """Those identities that have a result of their own making, which stays unread."""
+    """Those identities that `queries.finished` finds; results stay unread."""
     wanted = list(dict.fromkeys(identities))
-    own = select(_J.identity).where(_J.state == JobState.DONE.value, _J.reused_from.is_(None))
+    own = select(_J.identity).where(_J.state == JobState.DONE.value, _J.reusable)
     found: set[str] = set()
     for first in range(0, len(wanted), AT_ONCE):
         some = own.where(_J.identity.in_(wanted[first : first + AT_ONCE]))

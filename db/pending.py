@@ -17,6 +17,7 @@ from kvlab.db.tables import ARTIFACTS, ATTEMPTS, EVENTS, JOBS
 
 _J, _A, _R = JOBS.c, ATTEMPTS.c, ARTIFACTS.c
 _CHANGING = ("state", "attempt", "cause", "message", "started_at", "ended_at", "reused_from")
+_SAVED = (*_CHANGING, "result", "reusable")
 
 _READ = select(_J.id, *(_J[name] for name in _CHANGING)).where(
     _J.id == bindparam("of_job"), _J.workflow_id == bindparam("of_workflow")
@@ -24,7 +25,7 @@ _READ = select(_J.id, *(_J[name] for name in _CHANGING)).where(
 _SAVE = (
     update(JOBS)
     .where(_J.id == bindparam("of_job"))
-    .values({name: bindparam(f"new_{name}") for name in (*_CHANGING, "result")})
+    .values({name: bindparam(f"new_{name}") for name in _SAVED})
 )
 _CLOSE = (
     update(ATTEMPTS)
@@ -51,7 +52,7 @@ _KEEP = {"sqlite": _keep(sqlite.insert), "postgresql": _keep(postgresql.insert)}
 class Head:
     """A job's changing columns, as they will stand once the batch is written.
 
-    `result` is not read: only the move to DONE sets it, and nothing leaves DONE.
+    `result` and `reusable` are not read: only the move to DONE sets them, and nothing leaves DONE.
     """
 
     id: int
@@ -63,6 +64,7 @@ class Head:
     ended_at: float | None
     reused_from: int | None
     result: str | None = None
+    reusable: bool = False
     changed: bool = False
 
 
@@ -149,11 +151,10 @@ class Pending:
         send = self.connection.execute
         changed = [head for head in self.heads.values() if head.changed]
         if changed:
-            names = (*_CHANGING, "result")
             send(
                 _SAVE,
                 [
-                    {"of_job": head.id, **{f"new_{name}": getattr(head, name) for name in names}}
+                    {"of_job": head.id, **{f"new_{name}": getattr(head, name) for name in _SAVED}}
                     for head in changed
                 ],
             )

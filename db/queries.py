@@ -44,13 +44,13 @@ def latest(connection: Connection, name: str) -> int | None:
 
 
 def finished(connection: Connection, identities: Iterable[str]) -> dict[str, FinishedJob]:
-    """For each identity that has a result of its own making: the newest one."""
+    """For each identity that has a result of its own making whose gates are open: the newest."""
     wanted = list(dict.fromkeys(identities))
     found: dict[str, FinishedJob] = {}
     done = (
         select(_J.identity, _J.id, _J.workflow_id, _J.result, _R.uri, _J.ended_at)
         .outerjoin(ARTIFACTS, (_R.job_id == _J.id) & (_R.role == "result"))
-        .where(_J.state == JobState.DONE.value, _J.reused_from.is_(None))
+        .where(_J.state == JobState.DONE.value, _J.reusable)
         .order_by(_J.ended_at, _J.id)
     )
     for first in range(0, len(wanted), _AT_ONCE):

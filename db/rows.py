@@ -41,7 +41,7 @@ class Lease:
 
 
 class FinishedJob(NamedTuple):
-    """The newest job of an identity that has a result of its own."""
+    """The newest job of an identity that has a result of its own, with no gate closed."""
 
     job_id: int
     workflow_id: int

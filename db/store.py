@@ -148,7 +148,7 @@ class Store:
             pending.write()
 
     def finished(self, identities: Iterable[str]) -> dict[str, FinishedJob]:
-        """The newest finished job of each identity that has one."""
+        """The newest finished job of each identity that has one whose result may be reused."""
         with self._reading() as connection:
             return queries.finished(connection, identities)
 
@@ -224,6 +224,7 @@ def _new(workflow_id: int, job: NewJob) -> dict[str, Any]:
         "kind": clean(job.kind),
         "state": (JobState.WAITING if waits else JobState.QUEUED).value,
         "attempt": 0,
+        "reusable": False,
         "identity": clean(job.identity),
         "axes": dump(dict(job.axes)),
         "parents": dump(dict(job.parents)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     Double,
     ForeignKey,
@@ -60,6 +61,8 @@ JOBS = Table(
     Column("started_at", Double),
     Column("ended_at", Double),
     Column("reused_from", ForeignKey("jobs.id")),
+    # Whether later jobs of this identity may take its result.
+    Column("reusable", Boolean, nullable=False),
     Column("mirrored_step", BigInteger),
     Column("mirrored_state", Text),
     Column("identity", Text, nullable=False),

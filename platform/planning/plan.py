@@ -85,6 +85,8 @@ def _state(cell: Cell, known: Known) -> tuple[State, str]:
     if before is None:
         return "to run", ""
     names = changed(before, cell.parts)
+    if not names:
+        return "stale", "its measurement was void"
     shown = [explain(name, before, cell.parts) for name in names[:REASONS]]
     more = f" and {len(names) - REASONS} more" if len(names) > REASONS else ""
     return "stale", ", ".join(shown) + more

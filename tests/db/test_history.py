@@ -48,3 +48,12 @@ def test_have_knows_what_has_a_result_of_its_own(lab: Any) -> None:
     with lab.batch() as batch:
         batch.reuse(three, FinishedJob(one, lab.workflow, {}, None, 0.0))
     assert lab.store.have(identities) == {identities[0]} == set(lab.store.finished(identities))
+
+
+def test_a_void_measurement_is_not_found_again(lab: Any) -> None:
+    one, two, three = lab.jobs
+    identities = [lab.row(job).identity for job in lab.jobs]
+    lab.finish(one, gates={"alone": False, "repeats_enough": True})
+    lab.finish(two, gates={"alone": True, "repeats_enough": False}, settled=["repeats_enough"])
+    lab.finish(three, gates={"alone": True, "repeats_enough": True})
+    assert lab.store.have(identities) == set(identities[1:]) == set(lab.store.finished(identities))

@@ -40,6 +40,7 @@ def upgrade() -> None:
         sa.Column("started_at", sa.Double()),
         sa.Column("ended_at", sa.Double()),
         sa.Column("reused_from", sa.Integer()),
+        sa.Column("reusable", sa.Boolean(), nullable=False),
         sa.Column("mirrored_step", sa.BigInteger()),
         sa.Column("mirrored_state", sa.Text()),
         sa.Column("identity", sa.Text(), nullable=False),

@@ -30,7 +30,8 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
 
     Returns:
         rows (one per batch size), largest_batch, gates (all true: the timings count), load,
-        environment. Times in seconds, rates in tokens per second, sizes in bytes.
+        settled (gates that the settings decide, for every run alike), environment.
+        Times in seconds, rates in tokens per second, sizes in bytes.
     """
     device = environment.prepare(context, spec["seed"])
     taken, others = load.taken(device), load.before()
@@ -55,6 +56,7 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
             "repeats_enough": spec["repeats"] >= ENOUGH,
             "tokens_as_asked": bench.as_asked,
         },
+        "settled": ["repeats_enough"],
         "load": {
             "cores_of_others_before": others,
             "cores_of_others_during": busy[-1] if busy else None,

@@ -46,14 +46,14 @@ def url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/kvlab.db"
 
 
-Finish = Callable[[Graph, float], None]
+Finish = Callable[..., None]
 
 
 @pytest.fixture
 def finish(url: str) -> Finish:
     """Store a graph as a workflow of which every job took so many seconds."""
 
-    def run(graph: Graph, seconds: float) -> None:
+    def run(graph: Graph, seconds: float, **result: object) -> None:
         jobs = [
             NewJob(
                 cell.name, cell.job, cell.kind, cell.spec, cell.axes, cell.parents, cell.needs,
@@ -74,7 +74,7 @@ def finish(url: str) -> Finish:
                     batch.start(job, "worker")
             with store.batch(lease, 1000.0 + seconds) as batch:
                 for job in ids:
-                    batch.end(job, 1, Cause.DONE, JobState.DONE, result={"loss": 1.0})
+                    batch.end(job, 1, Cause.DONE, JobState.DONE, result={"loss": 1.0, **result})
             store.release(lease, WorkflowState.DONE, 1000.0 + seconds)
 
     return run
@@ -106,6 +106,12 @@ def test_what_finished_is_reusable_and_the_reason_of_the_rest_is_named(
     )
     assert changed["quality[of=block,seed=0]"].why == "parent of"
     assert changed["quality[of=base,seed=0]"].state == "reusable"
+
+
+def test_a_void_measurement_is_stale(url: str, finish: Finish) -> None:
+    finish(load_graph(TEXT), 2.0, gates={"alone": False})
+    speed = planned(TEXT, url)["speed[seed=0]"]
+    assert (speed.state, speed.why) == ("stale", "its measurement was void")
 
 
 def test_a_job_that_never_ran_is_not_stale(url: str, finish: Finish) -> None:
