@@ -12,12 +12,12 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 CHUNK = 1 << 20
-"""Bytes that one read returns at most."""
+"""Bytes that one read returns at most, unless a single record is longer."""
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -44,8 +44,8 @@ class SpoolWriter:
         self._append(["e", record])
 
     def read(self, offset: int, limit: int = CHUNK) -> bytes:
-        """Return what stands at `offset`, `limit` bytes at most."""
-        return os.pread(self._fd, limit, offset)
+        """Return what stands at `offset`: `limit` bytes at most, or one longer record."""
+        return _whole(lambda at, size: os.pread(self._fd, size, at), offset, limit)
 
     def close(self) -> None:
         os.close(self._fd)
@@ -77,7 +77,7 @@ class NoSpool(SpoolWriter):
         pass
 
     def read(self, offset: int, limit: int = CHUNK) -> bytes:
-        return self._data[offset : offset + limit]
+        return self._data[offset:]
 
     def close(self) -> None:
         pass
@@ -101,10 +101,20 @@ def records(data: bytes) -> tuple[list[list[Any]], int]:
 
 
 def read_file(path: Path, offset: int) -> bytes:
-    """Return what stands at `offset` of a spool, `CHUNK` bytes at most; b"" without the file."""
+    """Return what stands at `offset` of a spool: `CHUNK` bytes at most, or one longer record.
+
+    Without the file it is b"".
+    """
     try:
         with path.open("rb") as file:
-            file.seek(offset)
-            return file.read(CHUNK)
+            return _whole(lambda at, size: os.pread(file.fileno(), size, at), offset, CHUNK)
     except FileNotFoundError:
         return b""
+
+
+def _whole(read: Callable[[int, int], bytes], offset: int, limit: int) -> bytes:
+    """Read `limit` bytes, and on until they hold the end of a record or the file ends."""
+    data = read(offset, limit)
+    while b"\n" not in data and (more := read(offset + len(data), max(limit, len(data)))):
+        data += more
+    return data

@@ -92,3 +92,14 @@ def test_a_point_takes_fifty_microseconds_at_most(spool):
         spool.points(step, 0, {"loss": 1.0, "rate": 0.1})
         times.append(perf_counter() - began)
     assert sorted(times)[500] < 50e-6
+
+
+def test_a_record_longer_than_a_chunk_arrives_whole(spool):
+    spool.points(1, 0, {"a": 1.0})
+    spool.end({"cause": "done", "result": {"window_losses": [0.125] * (3 * CHUNK // 6)}})
+    assert spool.size > 3 * CHUNK
+    _, first = records(spool.read(0))
+    for data in (spool.read(first), read_file(spool.path, first)):
+        ((kind, end),), size = records(data)
+        assert (kind, first + size) == ("e", spool.size)
+        assert len(end["result"]["window_losses"]) == 3 * CHUNK // 6
