@@ -121,6 +121,8 @@ class Attempts:
                 self.end(job, end, now, kill=True)
                 return
             self.end(job, running.tail.end, now)
+            if slot not in self._slots:
+                return  # that end left the worker unfit, which dropped the slot
         self._drop(slot, now)
 
     def taken_back(self, message: TakenBack, now: float) -> None:
@@ -313,7 +315,9 @@ class Attempts:
         running.kept = kept or running.kept
 
     def _drop(self, slot: int, now: float) -> None:
-        """Kill the slot; what waited in it is queued again."""
+        """Kill the slot, if it is still there; what waited in it is queued again."""
+        if slot not in self._slots:
+            return
         self._slots.remove(slot)
         self._ledger.then(partial(self._pool.kill, slot))
         for job in self._by_slot.pop(slot, []):
