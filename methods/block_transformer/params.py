@@ -117,7 +117,6 @@ ENTRY = Value(
     sources=(
         "kvlab.methods.block_transformer",
         "kvlab.methods.packing",
-        "kvlab.methods.decoder",
         "kvlab.methods.cache",
         "kvlab.kernels",
     ),

@@ -21,7 +21,6 @@ ENTRY = Value(
     cost="kvlab.methods.decoder.cost",
     default=True,
     sources=(
-        "kvlab.methods.decoder",
         "kvlab.methods.packing",
         "kvlab.methods.cache",
         "kvlab.kernels",

@@ -26,7 +26,8 @@ def source(source: Mapping[str, Any], layout: str = "text") -> str:
     if kind == "python":
         return python_text.fingerprint()
     if kind == "text":
-        return _files([("", Path(source["path"]))])
+        path = Path(source["path"])
+        return _files([(path.suffix, path)])  # which says how the file is read
     if kind == "folder":
         folder = Path(source["path"])
         found = matching(folder, pattern_of(source, layout))

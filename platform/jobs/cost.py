@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from kvlab.methods.axis import from_dict
-from kvlab.methods.cost import Cost, cost_of
+from kvlab.methods.cost import Cost
 from kvlab.methods.decoder.config import DecoderConfig
+from kvlab.platform.jobs.flops import Canonical, cost_under, train_flops_per_token
 from kvlab.platform.jobs.kind import Prediction
 
 ITEMSIZE = 4
@@ -18,47 +17,9 @@ ITEMSIZE = 4
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-Canonical = Mapping[str, Any]
-"""`Method.to_dict()`."""
-
-
-@lru_cache(maxsize=4096)
-def _cost(config: DecoderConfig, method: str) -> Cost:
-    return cost_of(config, from_dict(json.loads(method)))
-
-
-def _of(config: DecoderConfig, *methods: Canonical) -> Cost:
-    choices: dict[str, Any] = {}
-    for method in methods:
-        choices |= method
-    return _cost(config, json.dumps(choices))
-
-
 def first_target(config: DecoderConfig, method: Canonical) -> int:
     """Return the first position of a window that a model predicts."""
-    return _of(config, method).first_target()
-
-
-LORA = 2 / 3
-"""FLOPs of a step under LoRA: forward, and back through frozen weights that get no gradient."""
-
-
-def train_flops_per_token(
-    config: DecoderConfig,
-    spec: Mapping[str, Any],
-    teacher: tuple[DecoderConfig, Canonical] | None = None,
-) -> float:
-    """Return the FLOPs of a train or uptrain job per token of its rows.
-
-    Under LoRA what the low-rank products themselves cost is left out; a teacher (its sizes and
-    method) adds one forward pass.
-    """
-    length = spec["sequence_length"]
-    own = _of(config, spec["method"]).train_flops_per_token(length)
-    flops = own * LORA if spec.get("lora") else own
-    if teacher is not None:
-        flops += _of(*teacher).train_flops_per_token(length) / 3
-    return flops
+    return cost_under(config, method).first_target()
 
 
 def training(
@@ -68,7 +29,7 @@ def training(
 ) -> Prediction:
     """Predict a train or uptrain job."""
     itemsize = ITEMSIZES.get(spec["precision"], ITEMSIZE)
-    cost = _of(config, spec["method"])
+    cost = cost_under(config, spec["method"])
     predicted = _trained(cost, spec["sequence_length"], spec["tokens"], itemsize)
     if not spec.get("lora") and teacher is None:
         return predicted
@@ -77,8 +38,9 @@ def training(
 
 def scoring(config: DecoderConfig, method: Canonical, spec: Mapping[str, Any]) -> Prediction:
     """Predict an evaluate job: one forward pass, a third of a training step."""
-    cost = _of(config, method, spec["apply"])
-    return _trained(cost, spec["sequence_length"], spec["tokens"] / 3, ITEMSIZE)
+    cost = cost_under(config, method, spec["apply"])
+    itemsize = ITEMSIZES.get(spec["dtype"], ITEMSIZE)
+    return _trained(cost, spec["sequence_length"], spec["tokens"] / 3, itemsize)
 
 
 @lru_cache(maxsize=4096)
@@ -95,7 +57,7 @@ def generating(config: DecoderConfig, method: Canonical, spec: Mapping[str, Any]
     """Predict a benchmark job over all its batch sizes and repeats."""
     runs = sum(spec["batch"]) * (spec["repeats"] + spec["warmup"])
     itemsize = ITEMSIZES.get(spec["dtype"], ITEMSIZE)
-    cost = _of(config, method, spec["apply"])
+    cost = cost_under(config, method, spec["apply"])
     return _generated(cost, spec["prompt"], spec["generate"], runs, itemsize)
 
 

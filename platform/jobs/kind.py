@@ -100,6 +100,10 @@ class Kind(ABC):
     def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
         """Packages and modules whose source files decide the result."""
 
+    def libraries(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
+        """Installed distributions besides torch whose version decides the result."""
+        return ()
+
     def predict(self, spec: Mapping[str, Any], parents: Mapping[str, Parent]) -> Prediction:
         """Predict cost without torch."""
         return Prediction()

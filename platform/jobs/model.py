@@ -23,16 +23,35 @@ SIZES = ("width", "layers", "heads")
 
 MODEL_SOURCES = (
     "kvlab.kernels",
+    "kvlab.methods.axis",
     "kvlab.methods.build",
     "kvlab.methods.cache",
-    "kvlab.methods.decoder",
+    "kvlab.methods.cost",
+    "kvlab.methods.decoder.config",
+    "kvlab.methods.decoder.cost",
+    "kvlab.methods.decoder.language_model",
+    "kvlab.methods.decoder.layers",
+    "kvlab.methods.decoder.model",
+    "kvlab.methods.decoder.rope",
+    "kvlab.methods.decoder.token",
     "kvlab.methods.model",
     "kvlab.methods.packing",
     "kvlab.methods.store",
     "kvlab.methods.weights",
     "kvlab.platform.jobs.environment",
 )
-"""Packages and modules that decide what any model does, whatever its method."""
+"""Packages and modules that decide what any model does, whatever its method.
+
+Modules of the decoder one by one: what writes checkpoints for others makes no model stale.
+"""
+
+CHECKPOINT_SOURCES = tuple(
+    f"kvlab.methods.decoder.huggingface.{name}"
+    for name in (
+        "description", "families", "family", "gpt_neox", "llama", "reader", "settings",
+    )
+)  # fmt: skip
+"""Modules that read a checkpoint people have."""
 
 
 class ModelError(KvlabError):

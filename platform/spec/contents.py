@@ -34,7 +34,7 @@ class Contents:
         """Return the digest of a data source's content."""
         digest: Callable[[], str] = lambda: fingerprint.source(source, layout)  # noqa: E731
         if source["kind"] == "text":
-            return self._remember([Path(source["path"])], "text", digest)
+            return self._remember([Path(source["path"])], "file", digest)
         if source["kind"] == "folder":
             files = matching(Path(source["path"]), source["pattern"])
             return self._remember(files, f"folder {source['pattern']}", digest)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
@@ -32,6 +32,7 @@ def identify(
     code: str,
     machine: Mapping[str, Any] | None = None,
     incidental: frozenset[str] = frozenset(),
+    libraries: Sequence[str] = (),
 ) -> tuple[str, dict[str, str]]:
     """Return a cell's identity (64 hex digits) and its parts.
 
@@ -42,6 +43,7 @@ def identify(
         code: digest of the sources that decide the result (`code_digest`).
         machine: for measured kinds, what the numbers belong to.
         incidental: keys of the spec that decide nothing.
+        libraries: installed distributions besides torch whose version counts.
     """
     covered = "fingerprint" in spec
     parts = {
@@ -51,7 +53,7 @@ def identify(
     }
     parts |= {f"parent {role}": identity for role, identity in parents.items()}
     parts["code"] = code
-    parts["torch"] = _torch_version()
+    parts |= {name: _version(name) for name in ("torch", *libraries)}
     if machine is not None:
         parts |= {f"machine {key}": _part(value) for key, value in machine.items()}
     text = _encode([kind, parts])
@@ -99,12 +101,12 @@ def _digest(text: str) -> str:
     return "sha256:" + sha256(text.encode()).hexdigest()
 
 
-@lru_cache(maxsize=1)
-def _torch_version() -> str:
+@lru_cache(maxsize=64)
+def _version(library: str) -> str:
     try:
-        return version("torch")
+        return version(library)
     except PackageNotFoundError:
-        raise KvlabError("torch is not installed: run `make setup`") from None
+        raise KvlabError(f"{library} is not installed: run `make setup`") from None
 
 
 @lru_cache(maxsize=4096)

@@ -128,7 +128,11 @@ def _cells(
 def _data_cell(spec: Mapping[str, Any], identified: bool) -> Cell:
     kind = KINDS[IMPLICIT]
     code = code_digest(kind.sources(spec)) if identified else ""
-    identity, parts = identify(IMPLICIT, spec, {}, code) if identified else ("", {})
+    identity, parts = (
+        identify(IMPLICIT, spec, {}, code, libraries=kind.libraries(spec))
+        if identified
+        else ("", {})
+    )
     return Cell(
         name=IMPLICIT,
         job=IMPLICIT,
@@ -154,4 +158,5 @@ def _identity(
         code_digest(kind.sources(draft.spec)),
         describe(draft.resources, cluster) if kind.measured else None,
         kind.incidental,
+        kind.libraries(draft.spec),
     )

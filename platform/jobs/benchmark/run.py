@@ -16,6 +16,7 @@ from kvlab.platform.jobs.benchmark import load
 from kvlab.platform.jobs.benchmark.measure import Generation, generate
 from kvlab.platform.jobs.benchmark.median import summarise
 from kvlab.platform.jobs.context import Context, Stopped
+from kvlab.platform.jobs.dtype import torch_dtype
 
 ENOUGH = 5
 """Repeats from which a median's interval is worth printing (93.75 % at five)."""
@@ -36,7 +37,7 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
     device = environment.prepare(context, spec["seed"])
     taken, others = load.taken(device), load.before()
     during = load.Load()
-    dtype = _dtype(spec["dtype"], device)
+    dtype = torch_dtype(spec["dtype"], device)
     model = load_model(context.inputs["of"], device=str(device), dtype=dtype).eval()
     bench = Bench(model, spec, context, device)
     rows = [bench.row(batch) for batch in spec["batch"]]
@@ -158,13 +159,6 @@ def _cost(model: LanguageModel, apply: Method | None) -> Cost:
     if apply is not None:
         choices |= {axis: c for axis, c in apply.choices.items() if axis not in TRAIN_TIME}
     return cost_of(model.config, Method(model.method.label, choices))
-
-
-def _dtype(asked: str, device: torch.device) -> torch.dtype:
-    if asked == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    found = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    return found[asked]
 
 
 def _weight_bytes(model: LanguageModel) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
 from kvlab.methods.axis import Method, resolve
 from kvlab.platform.graph import Resources
+from kvlab.platform.jobs.dtype import Dtype, dtype_of
 from kvlab.platform.jobs.field import nested
 from kvlab.platform.jobs.kind import Kind, Parent, Prediction, References, Settings, Surroundings
 from kvlab.platform.jobs.method import MethodField, axis_sources, canonical, compatible
@@ -30,7 +31,7 @@ class BenchmarkSettings(Settings):
     warmup: int = Field(default=1, ge=0, le=100)
     apply: Annotated[Method, MethodField("run")] = Field(default_factory=lambda: resolve({}))
     kv_budget: Bytes | None = Field(default=None, ge=1)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
 
     @model_validator(mode="after")
     def _distinct(self) -> BenchmarkSettings:
@@ -58,7 +59,7 @@ class Benchmark(Kind):
             "warmup": settings.warmup,
             "apply": canonical(settings.apply),
             "kv_budget": settings.kv_budget,
-            "dtype": _dtype(settings.dtype, around),
+            "dtype": dtype_of(settings.dtype, around),
             "seed": around.seed,
         }
 
@@ -77,6 +78,7 @@ class Benchmark(Kind):
     def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
         return (
             "kvlab.platform.jobs.benchmark",
+            "kvlab.platform.jobs.dtype",
             "kvlab.platform.jobs.memory",
             *MODEL_SOURCES,
             *axis_sources(method_of(spec["apply"])),
@@ -86,9 +88,3 @@ class Benchmark(Kind):
         from kvlab.platform.jobs.cost import generating
 
         return generating(*lineage(parents["of"]), spec)
-
-
-def _dtype(written: str, around: Surroundings) -> str:
-    if written != "auto":
-        return written
-    return "bfloat16" if around.resources.gpus else "float32"

@@ -120,6 +120,10 @@ class Data(Kind):
     def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
         return ("kvlab.platform.jobs.data", "kvlab.platform.data")
 
+    def libraries(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
+        streamed = ("datasets",) if spec["source"]["kind"] == "hub" else ()
+        return ("tokenizers", *streamed)
+
 
 def resolve_source(source: Source, layout: str, folder: Path) -> dict[str, Any]:
     """Return the `source` part of a data job's spec; paths start from `folder`."""

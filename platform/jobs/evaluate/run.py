@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from kvlab.methods.axis import Method, from_dict
-from kvlab.methods.cache.slots import scoring_cache
+from kvlab.methods.cache.opening import scoring_cache
 from kvlab.methods.model import LanguageModel
 from kvlab.methods.store import load
 from kvlab.platform.data import corpus
 from kvlab.platform.jobs import environment
 from kvlab.platform.jobs.context import Context, JobError, Stopped
+from kvlab.platform.jobs.dtype import torch_dtype
 from kvlab.platform.jobs.evaluate.scoring import first_predicted, parallel, stepwise
 from kvlab.platform.jobs.evaluate.windows import Windows, cut
 
@@ -25,17 +26,21 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
 
     Args:
         spec: sequence_length and tokens (of the windows), first_target (the first position that
-            every arm of this job predicts), batch_size (windows), apply (run-time axes), metrics.
+            every arm of this job predicts), batch_size (windows), apply (run-time axes), metrics,
+            dtype (of the model; losses are summed in float64).
 
     Returns:
         loss (nats per target), perplexity, bits_per_byte, perplexity_per_byte, targets (hash,
-        count, bytes, first_target), loss_by_position, window_losses, window_targets, environment.
+        count, bytes, first_target), targets_in_mixed_blocks (their share in blocks of this model
+        that hold the end of one document and the beginning of another), loss_by_position,
+        window_losses, window_targets, window_documents (which each begins in), environment.
 
     Raises:
         JobError: another tokenizer's data, or nothing to score.
     """
     device = environment.prepare(context, spec["seed"])
-    model = load(context.inputs["of"], device=str(device)).eval()
+    dtype = torch_dtype(spec["dtype"], device)
+    model = load(context.inputs["of"], device=str(device), dtype=dtype).eval()
     held = corpus.load(context.inputs["data"], "heldout")
     if held.vocab_size > model.config.vocab_size:
         raise JobError(
@@ -54,7 +59,8 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
     by_position = "loss_by_position" in spec["metrics"]
     return {
         **summarise(nll, windows, by_position),
-        "environment": environment.capture(context, dtype=_dtype(model)),
+        "targets_in_mixed_blocks": windows.mixed(model.method.span()),
+        "environment": environment.capture(context, dtype=str(dtype).removeprefix("torch.")),
     }
 
 
@@ -126,13 +132,10 @@ def summarise(nll: Tensor, windows: Windows, by_position: bool) -> dict[str, Any
         "loss_by_position": positions if by_position else None,
         "window_losses": (per_window[scored] / window_targets[scored]).tolist(),
         "window_targets": window_targets[scored].tolist(),
+        "window_documents": windows.documents[scored].tolist(),
     }
 
 
 def _exp(value: float) -> float | None:
     """e to the value; None where that is beyond a float (JSON has no infinity)."""
     return math.exp(value) if value < 700 else None
-
-
-def _dtype(model: LanguageModel) -> str:
-    return str(next(model.parameters()).dtype).removeprefix("torch.")

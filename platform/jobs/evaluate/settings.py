@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from kvlab.methods.axis import Method, resolve
+from kvlab.platform.jobs.dtype import Dtype, dtype_of
 from kvlab.platform.jobs.kind import Kind, Parent, Prediction, References, Settings, Surroundings
 from kvlab.platform.jobs.method import MethodField, axis_sources, canonical, compatible
 from kvlab.platform.jobs.model import MODEL_SOURCES, lineage, method_of
@@ -26,6 +27,7 @@ class EvaluateSettings(Settings):
     sequence_length: int | None = Field(default=None, ge=2, le=2**20)
     tokens: Count = Field(default=100_000, ge=1)
     batch_size: int = Field(default=16, ge=1, le=65536)
+    dtype: Dtype = "auto"
 
 
 class Evaluate(Kind):
@@ -48,6 +50,7 @@ class Evaluate(Kind):
             "tokens": settings.tokens,
             "batch_size": settings.batch_size,
             "first_target": max(first_target(*lineage(arm)) for arm in arms),
+            "dtype": dtype_of(settings.dtype, around),
             "seed": around.seed,
         }
 
@@ -73,6 +76,8 @@ class Evaluate(Kind):
 
     def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
         return (
+            "kvlab.platform.data.corpus",
+            "kvlab.platform.jobs.dtype",
             "kvlab.platform.jobs.evaluate",
             *MODEL_SOURCES,
             *axis_sources(method_of(spec["apply"])),

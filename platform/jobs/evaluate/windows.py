@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvlab.methods.packing import PAD
@@ -20,6 +21,7 @@ class Windows:
         ids: [N, T] int64. valid: [N, T] bool, false on the padding of the last window.
         targets: [N, T] bool, the tokens that are scored.
         widths: [N, T] int32, the UTF-8 bytes each token stands for (0 for the end of a document).
+        ends: [N, T] bool, the ends of documents. documents: [N], the one each window begins in.
         first_target: the first position of a window that is scored.
     """
 
@@ -27,6 +29,8 @@ class Windows:
     valid: Tensor
     targets: Tensor
     widths: Tensor
+    ends: Tensor
+    documents: Tensor
     first_target: int
 
     def __len__(self) -> int:
@@ -39,33 +43,53 @@ class Windows:
         digest.update(self.targets.numpy().tobytes())
         return digest.hexdigest()
 
+    def mixed(self, length: int) -> float:
+        """Return the share of targets in blocks of `length` that hold two documents.
+
+        Windows join documents wherever they end; a model of blocks was trained on blocks that hold
+        one document each.
+        """
+        joined = self.ends.clone()
+        joined[:, length - 1 :: length] = False
+        blocks = torch.unflatten(F.pad(joined, (0, -joined.shape[1] % length)), 1, (-1, length))
+        inside = blocks.any(-1).repeat_interleave(length, 1)[:, : joined.shape[1]]
+        return int((inside & self.targets).sum()) / max(1, int(self.targets.sum()))
+
 
 def cut(corpus: Corpus, length: int, tokens: int, first_target: int) -> Windows:
-    """Join documents, an end of text after each, and cut windows one after the other.
+    """Join documents, an end of text after each, and cut windows evenly spaced over all of them.
 
     Args:
         corpus: the held-out part. length: tokens of a window.
-        tokens: how many to use at most; the last window is padded where they end inside it.
+        tokens: how many to use at most; where they end inside a window, the last one is padded.
         first_target: the first position of a window that every arm predicts.
     """
-    ends = corpus.ends
-    size = min(tokens, int(ends[-1]) + len(ends)) if len(ends) else 0
-    count = -(-size // length)
+    documents = len(corpus.ends)
     # The end of document d stands after its tokens and the ends of the d documents before it.
-    places = torch.arange(int(ends[-1]) + len(ends))
-    stops = ends + torch.arange(len(ends))
-    is_stop = torch.zeros(len(places), dtype=torch.bool)
-    is_stop[stops] = True
+    stops = corpus.ends + torch.arange(documents)
+    whole = int(stops[-1]) + 1 if documents else 0
+    size = min(tokens, whole)
+    count = -(-size // length)
+    # With fewer windows than there are, every part of the text has its share of them.
+    apart = max(1.0, whole // length / max(1, count))
+    starts = (torch.arange(count, dtype=torch.float64) * apart).long() * length
+    places = starts[:, None] + torch.arange(length)
+    within = (torch.arange(count * length) < size).view(count, length)
+    valid = within & (places < whole)
+    document = torch.searchsorted(stops, places).clamp(max=documents - 1)
+    ends = valid & (places == stops[document])
+    source = (places - document).clamp(max=corpus.tokens.numel() - 1)
 
-    def joined(values: Tensor, at_stop: int) -> Tensor:
-        whole = torch.full((len(places),), at_stop, dtype=values.dtype)
-        whole[~is_stop] = values
-        padded = torch.zeros(count * length, dtype=values.dtype)
-        padded[:size] = whole[:size]
-        return padded.view(count, length)
+    def taken(values: Tensor, at_end: int, beyond: int) -> Tensor:
+        return values[source].masked_fill(ends, at_end).masked_fill(~valid, beyond)
 
-    valid = (torch.arange(count * length) < size).view(count, length)
-    counts = joined(corpus.counts, 1) & valid
-    ids = joined(corpus.tokens.long(), corpus.end_of_text).masked_fill(~valid, PAD)
-    scored = torch.arange(length) >= first_target
-    return Windows(ids, valid, counts & scored, joined(corpus.widths, 0), first_target)
+    counts = taken(corpus.counts.bool(), True, False)
+    return Windows(
+        ids=taken(corpus.tokens.long(), corpus.end_of_text, PAD),
+        valid=valid,
+        targets=counts & (torch.arange(length) >= first_target),
+        widths=taken(corpus.widths, 0, 0),
+        ends=ends,
+        documents=document[:, 0],
+        first_target=first_target,
+    )

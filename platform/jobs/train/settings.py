@@ -15,6 +15,7 @@ from kvlab.platform.jobs.field import nested
 from kvlab.platform.jobs.kind import Kind, Parent, Prediction, Settings, Surroundings
 from kvlab.platform.jobs.method import MethodField, axis_sources, canonical, compatible, uptrained
 from kvlab.platform.jobs.model import (
+    CHECKPOINT_SOURCES,
     MODEL_SOURCES,
     ModelError,
     ModelSettings,
@@ -24,8 +25,16 @@ from kvlab.platform.jobs.model import (
 )
 from kvlab.platform.jobs.quantities import Count
 
-INCIDENTAL = frozenset({"checkpoint_every", "parallel"})
-"""How often to save, and how a gang divides its memory, change no weight."""
+INCIDENTAL = frozenset({"checkpoint_every", "log_every", "parallel"})
+"""How often to save and to log, and how a gang divides its memory, change no weight."""
+
+TRAINING_SOURCES = (
+    "kvlab.platform.data.corpus",
+    "kvlab.platform.jobs.flops",
+    "kvlab.platform.jobs.memory",
+    "kvlab.platform.jobs.training",
+)
+"""What train and uptrain share, and what their results are measured with."""
 
 
 class Optimization(Settings):
@@ -100,8 +109,9 @@ class Train(Kind):
     def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
         return (
             "kvlab.platform.jobs.train",
-            "kvlab.platform.jobs.training",
+            *TRAINING_SOURCES,
             *MODEL_SOURCES,
+            *(CHECKPOINT_SOURCES if "checkpoint" in spec["model"] else ()),
             *axis_sources(method_of(spec["method"])),
         )
 

@@ -18,7 +18,7 @@ from kvlab.methods.packing import Documents, Packer, Rows
 from kvlab.platform.data import corpus
 from kvlab.platform.jobs import memory
 from kvlab.platform.jobs.context import Context, Diverged, JobError, Stopped
-from kvlab.platform.jobs.cost import train_flops_per_token
+from kvlab.platform.jobs.flops import train_flops_per_token
 from kvlab.platform.jobs.training import checkpoint
 from kvlab.platform.jobs.training.gang import Gang
 from kvlab.platform.jobs.training.objective import Objective

@@ -13,6 +13,7 @@ from kvlab.platform.jobs.model import MODEL_SOURCES, lineage, method_of
 from kvlab.platform.jobs.reference import One
 from kvlab.platform.jobs.train.settings import (
     INCIDENTAL,
+    TRAINING_SOURCES,
     Optimization,
     optimization_problems,
     optimization_spec,
@@ -94,10 +95,13 @@ class Uptrain(Kind):
     def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
         return (
             "kvlab.platform.jobs.uptrain",
-            "kvlab.platform.jobs.training",
+            *TRAINING_SOURCES,
             *MODEL_SOURCES,
             *axis_sources(method_of(spec["method"])),
         )
+
+    def libraries(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("peft",) if spec["lora"] else ()
 
     def predict(self, spec: Mapping[str, Any], parents: Mapping[str, Parent]) -> Prediction:
         from kvlab.platform.jobs.cost import training

@@ -2,13 +2,14 @@
 
 import json
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 
 from kvlab.methods.axis import from_dict
 from kvlab.methods.build import build
-from kvlab.methods.cache.slots import scoring_cache
+from kvlab.methods.cache.opening import scoring_cache
 from kvlab.methods.store import load, save
 from kvlab.platform.data import corpus
 from kvlab.platform.data.corpus import Corpus
@@ -19,7 +20,7 @@ from kvlab.platform.jobs.local import run_cell
 
 SPEC = {
     "metrics": ["perplexity", "loss_by_position"], "apply": {}, "sequence_length": 32,
-    "tokens": 500, "batch_size": 4, "first_target": 4, "seed": 0,
+    "tokens": 500, "batch_size": 4, "first_target": 4, "dtype": "auto", "seed": 0,
 }  # fmt: skip
 
 
@@ -49,9 +50,13 @@ def stream(data):
 def directly(data, folder):
     """Position, loss and bytes of every target, one window and one target at a time."""
     model = load(folder)
-    text = stream(data)[:500]
-    for begin in range(0, 500, 32):
-        window = text[begin : begin + 32]
+    text = stream(data)
+    # 500 tokens are 16 windows, the last of 20 tokens, as far apart as the text is long.
+    apart = len(text) // 32 / 16
+    assert apart > 1
+    for number in range(16):
+        begin = int(number * apart) * 32
+        window = text[begin : begin + (32 if number < 15 else 20)]
         ids = torch.tensor([[token for token, _ in window]])
         with torch.no_grad():
             logits, scored = model.predictions(ids)
@@ -94,6 +99,43 @@ def test_arms_are_scored_on_the_same_targets(data, base, blocks, tmp_path):
     assert later["targets"]["hash"] != one["targets"]["hash"]
     shorter = evaluate(data, base, tmp_path, tokens=400)
     assert shorter["targets"]["hash"] != one["targets"]["hash"]
+
+
+def test_windows_are_spread_over_all_of_the_text():
+    tokens = torch.arange(1000, dtype=torch.int32)
+    ends = torch.arange(1, 101) * 10
+    held = Corpus(tokens, ends, torch.ones(1000, dtype=torch.bool), torch.ones_like(tokens), 7, 8)
+    text = [t for d in range(100) for t in [*range(10 * d, 10 * d + 10), 7]]
+    for count in (1, 4, 11, 68):
+        windows = cut(held, 16, 16 * count, 1)
+        starts = [text.index(int(row[0]) if row[0] != 7 else int(row[1])) for row in windows.ids]
+        assert len(windows) == count
+        assert windows.valid.all()
+        for row, start, document in zip(windows.ids, starts, windows.documents, strict=True):
+            begin = start - int(row[0] == 7)
+            assert row.tolist() == text[begin : begin + 16]
+            assert begin % 16 == 0
+            assert int(document) == begin // 11
+        gaps = {b - a for a, b in pairwise(starts)}
+        assert not gaps or max(gaps) - min(gaps) <= 17
+        assert starts[-1] + 16 > len(text) * (1 - 1 / count) - 32
+    whole = cut(held, 16, 10**6, 1)
+    assert whole.ids[whole.valid].tolist() == text
+    assert whole.ends.sum() == 100
+
+
+def test_the_share_of_targets_in_blocks_of_two_documents(data, base, blocks, tmp_path):
+    tokens = torch.arange(1, 9, dtype=torch.int32)
+    held = Corpus(
+        tokens, torch.tensor([4, 8]), torch.ones(8, dtype=torch.bool), torch.ones_like(tokens), 0, 9
+    )
+    # Blocks 1 2 3 4 | 0 5 6 7 | 8 0: the second and third hold an end of text inside.
+    windows = cut(held, 12, 100, 4)
+    assert windows.mixed(1) == 0
+    assert windows.mixed(4) == 1
+    assert windows.mixed(5) == 0
+    assert evaluate(data, base, tmp_path)["targets_in_mixed_blocks"] == 0
+    assert 0 < evaluate(data, blocks, tmp_path)["targets_in_mixed_blocks"] < 0.5
 
 
 def test_an_arm_that_cannot_predict_a_target_is_refused(data, blocks, tmp_path):
@@ -152,6 +194,15 @@ def test_prompts_and_padding_are_no_targets():
     ]  # fmt: skip
     assert windows.widths.tolist() == [[1, 1, 1, 0], [1, 1, 0, 0]]
     assert cut(held, 4, 6, 1).valid.sum() == 6
+
+
+def test_scores_are_of_the_dtype_that_is_timed(data, base, tmp_path):
+    exact, half = (evaluate(data, base, tmp_path, dtype=d) for d in ("auto", "bfloat16"))
+    assert exact["environment"]["dtype"] == "float32"
+    assert half["environment"]["dtype"] == "bfloat16"
+    assert half["targets"] == exact["targets"]
+    assert half["loss"] != exact["loss"]
+    assert half["loss"] == pytest.approx(exact["loss"], abs=0.02)
 
 
 def test_nothing_to_score_is_one_line(data, base, tmp_path):

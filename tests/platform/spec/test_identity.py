@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,6 +49,7 @@ def test_reading_twice_gives_the_same_identities_all_distinct(good: str) -> None
         ("version: 1", "# a remark\nversion: 1", set()),
         ("tokens: 400k", "tokens: 400000", set()),
         ("tokens: 400k", "tokens: 400k, checkpoint_every: 5", set()),
+        ("tokens: 400k", "tokens: 400k, log_every: 5", set()),
         ("    train:", "    retries: 0\n    timeout: 1h\n    train:", set()),
         ("repeats: 5", "repeats: 6", {"speed"}),
         ("metrics: [perplexity, ", "metrics: [", {"quality"}),
@@ -73,6 +76,26 @@ def test_data_counts_by_content_not_by_place(good: str, tmp_path: Path) -> None:
     assert differing(first, second) == set()
     there.write_text("other text\n" * 100)
     assert "data" in differing(first, second)
+
+
+def test_how_a_file_is_read_counts(good: str, tmp_path: Path) -> None:
+    plain, records = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    plain.write_text('{"text": "some text"}\n' * 100)
+    shutil.copy(plain, records)
+    first, second = (
+        good.replace("source: python", f"source: {{text: {path}}}") for path in (plain, records)
+    )
+    assert "data" in differing(first, second)
+
+
+def test_the_versions_of_libraries_that_decide_a_result_count(good: str) -> None:
+    assert "tokenizers" in load_graph(good).cells[0].parts
+    tuned = good.replace("tokens: 100k", "tokens: 100k, lora: {rank: 4}")
+    assert "peft" in cell(tuned, "block").parts
+    assert not {"peft", "tokenizers", "transformers"} & cell(good, "block").parts.keys()
+    here = identify("data", {}, {}, "c", libraries=("tokenizers",))
+    assert here[1]["tokenizers"] == version("tokenizers")
+    assert here[0] != identify("data", {}, {}, "c")[0]
 
 
 def test_digests_of_files_are_remembered_by_a_run_alone(good: str, tmp_path: Path) -> None:
@@ -129,18 +152,17 @@ def test_moving_code_between_files_counts(package: Path, digest: Callable[[], st
 
 
 HARMLESS = {
-    # Registries and contracts: what they hold is hashed with the values that are chosen.
-    "kvlab.methods.axis", "kvlab.methods.catalog", "kvlab.platform.jobs.context",
-    # Predictions and measurements of memory change no weight and no score.
-    "kvlab.methods.cost", "kvlab.platform.jobs.memory",
-}  # fmt: skip
-"""Modules that jobs import and whose change makes nothing stale."""
+    "kvlab.methods.catalog": "a list of what there is: what is chosen is hashed with its value",
+    "kvlab.platform.jobs.context": "the door through which jobs are seen, no part of what they do",
+}
+"""Modules that jobs import and whose change makes nothing stale, and why."""
 
 IMPORTED = """
 import importlib, json, sys
-from kvlab.methods.axis import from_dict
-importlib.import_module("kvlab.platform.jobs.{kind}.run")
+for module in {modules!r}:
+    importlib.import_module(module)
 for canonical in {methods!r}:
+    from kvlab.methods.axis import from_dict
     for choice in from_dict(canonical).choices.values():
         choice.value.load()
 print(json.dumps([name for name, module in sys.modules.items()
@@ -149,7 +171,19 @@ print(json.dumps([name for name, module in sys.modules.items()
 """
 
 
-@pytest.mark.parametrize("job", ["base", "block", "quality", "speed"])
+def unhashed(sources: set[str], modules: list[str], methods: list[Any]) -> set[str]:
+    """Modules that a fresh process imports for these, and that no source stands for."""
+    code = IMPORTED.format(modules=modules, methods=methods)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return {
+        name
+        for name in json.loads(ran.stdout)
+        if not any(name == source or name.startswith(f"{source}.") for source in sources)
+        and not name.endswith(".params")
+    }
+
+
+@pytest.mark.parametrize("job", ["data", "base", "block", "quality", "speed"])
 def test_every_module_that_a_job_runs_is_hashed_with_it_or_its_parents(good: str, job: str) -> None:
     cells = {cell.name: cell for cell in load_graph(good).cells}
     last = [cell for cell in cells.values() if cell.job == job][-1]
@@ -158,17 +192,19 @@ def test_every_module_that_a_job_runs_is_hashed_with_it_or_its_parents(good: str
         own = set(KINDS[of.kind].sources(of.spec))
         return own.union(*(hashed(cells[name]) for name in of.parents.values()))
 
-    methods = [last.spec.get("method", {}), last.spec.get("apply", {})]
-    code = IMPORTED.format(kind=last.kind, methods=methods)
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    sources = hashed(last)
-    missing = [
-        name
-        for name in json.loads(ran.stdout)
-        if not any(name == source or name.startswith(f"{source}.") for source in sources)
-        and not name.endswith(".params")
-    ]
-    assert set(missing) <= HARMLESS
+    methods = [last.spec[key] for key in ("method", "apply") if key in last.spec]
+    modules = [f"kvlab.platform.jobs.{last.kind}.run"]
+    assert unhashed(hashed(last), modules, methods) <= HARMLESS.keys()
+    assert "kvlab.methods.decoder.huggingface.writer" not in hashed(last)
+
+
+def test_what_reads_checkpoints_people_have_is_hashed_where_one_is_read() -> None:
+    model = {"checkpoint": "somewhere", "fingerprint": ""}
+    sources = set(KINDS["train"].sources({"model": model, "method": {}}))
+    reader = "kvlab.methods.decoder.huggingface.reader"
+    assert reader in sources
+    assert unhashed(sources, [reader], []) <= HARMLESS.keys()
+    assert reader not in KINDS["train"].sources({"model": {"config": {}}, "method": {}})
 
 
 def cell(good: str, job: str) -> Cell:
