@@ -6,6 +6,7 @@ from functools import partial
 
 from kvlab.db.batches import Batch
 from kvlab.db.states import Cause, JobState
+from kvlab.platform import artifacts
 from kvlab.platform.controller.inbox import Lost, TakenBack, Told, Up
 from kvlab.platform.controller.jobs import Jobs
 from kvlab.platform.controller.ledger import Ledger
@@ -17,6 +18,7 @@ from kvlab.platform.controller.schedule import Move, Schedule
 from kvlab.platform.controller.slots import Slots, SlotState
 from kvlab.platform.home import Home
 from kvlab.platform.record.recorder import Tail
+from kvlab.platform.record.spool import wait_unwritten
 
 REUSED_AFTER = frozenset({Cause.DONE, Cause.USER_ERROR, Cause.DIVERGED, Cause.STOPPED})
 """Ends that leave a worker process fit for another job."""
@@ -25,6 +27,9 @@ QUICK_SECONDS = 0.1
 """A worker whose last job took less is given the next ones before it asks."""
 
 WAITED = "it waited behind a job that took long or ended its worker"
+
+DEATH_SECONDS = 10.0
+"""How long workers of a dead controller may take to die."""
 
 STARTS = 5
 """Workers that may fail to start, one after another, before the workflow gives up."""
@@ -178,10 +183,10 @@ class Attempts:
         if done:
             self._jobs.artifacts[job] = artifact
         self.moved(verdict.moves)
-        checkpointed = running.tail.checkpoint is not None or attempt > 1
-        self._ledger.then(lambda: self._clean(job, attempt, done and checkpointed))
         fit = not kill and cause in REUSED_AFTER and (running.workers == 1 or done)
         self._leave(running, fit, now, quick=done)
+        checkpointed = running.tail.checkpoint is not None or attempt > 1
+        self._ledger.then(lambda: self._clean(job, attempt, done and checkpointed))
 
     def moved(self, moves: list[Move]) -> None:
         """Store moves that followed from something."""
@@ -227,8 +232,9 @@ class Attempts:
     def adopt(self, job: int, now: float, *, live: bool) -> None:
         """Take over an attempt that another controller began.
 
-        Its spool is read from the file. If its workers are alive (`live` says it is worth looking),
-        they go on under this controller; otherwise the attempt ends here.
+        If its workers are alive and have it (`live` says it is worth looking), they go on under
+        this controller; otherwise the attempt ends here. Its spool is read from the file, which no
+        worker writes any more by then.
         """
         row = self._jobs[job]
         last = row.attempts[-1]
@@ -236,8 +242,11 @@ class Attempts:
         running = Running(Tail(job, row.attempt), None, shape.workers, last.started_at, 0.0, now)
         self.running[job] = running
         self.measuring += shape.exclusive
+        nodes = self._pool.find(last.worker, running.key, shape.workers) if live else None
+        spool = self._home.spool(*running.key)
+        if nodes is None:
+            wait_unwritten(spool, DEATH_SECONDS)
         self._read_file(running, now)
-        nodes = self._pool.find(last.worker, shape.workers) if live else None
         if nodes is not None:
             slot = self._slots.add_busy(shape, nodes)
             self._pool.adopt(slot.id, last.worker, shape.workers)
@@ -246,7 +255,8 @@ class Attempts:
             self._schedule.watch(job, last.started_at)
             return
         running.asked = True
-        cause = Cause.NODE_LOST if live else Cause.STOPPED
+        # Workers of a cluster outlive controllers, so one that had begun died by itself.
+        cause = Cause.NODE_LOST if live and spool.exists() else Cause.STOPPED
         end = running.tail.end or {"cause": cause, "message": "its controller died, and it did too"}
         self.end(job, end, now, worked_until=last_sign(self._home, running.tail, running.since))
 
@@ -327,5 +337,6 @@ class Attempts:
 
     def _clean(self, job: int, attempt: int, checkpointed: bool) -> None:
         self._home.spool(job, attempt).unlink(missing_ok=True)
+        artifacts.remove(self._home.work(job, attempt))
         if checkpointed:
             forget_checkpoints(self._home, self._jobs[job].identity, job)

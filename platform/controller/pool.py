@@ -25,6 +25,10 @@ from kvlab.platform.worker.actor import GROUPS, Worker
 from kvlab.platform.worker.message import Assignment, Hello, Key, Recalled, Report
 
 NAMESPACE = "kvlab"
+GATHER_SECONDS = 0.005
+"""How long a message waits for others where workers have more to do: one commit serves them all."""
+
+LEAVE_SECONDS = 10.0
 ORPHAN_SECONDS = 600.0
 """How long a worker of a cluster waits for a controller to come back, once its job has ended."""
 
@@ -99,14 +103,26 @@ class Pool:
             crew.actors.append(self._class.options(**options).remote(str(self._home.root), orphan))
         self.greet(slot.id)
 
-    def find(self, name: str, workers: int) -> tuple[str, ...] | None:
-        """The nodes of the workers that another controller made; None when one of them is gone."""
+    def find(self, name: str, key: Key, workers: int) -> tuple[str, ...] | None:
+        """The nodes of the workers to which another controller gave attempt `key`.
+
+        None when one of them is gone or was never told of it: then none of them lives any more.
+        """
+        actors = []
+        for rank in range(workers):
+            with contextlib.suppress(ValueError):  # there is none
+                actors.append(ray.get_actor(_ranked(name, rank), NAMESPACE))
         try:
-            actors = [ray.get_actor(_ranked(name, rank), NAMESPACE) for rank in range(workers)]
             hellos: list[Hello] = ray.get([one.hello.remote() for one in actors], timeout=30.0)
-        except (ValueError, RayError):
-            return None
-        return tuple(hello.node for hello in hellos)
+        except RayError:
+            hellos = []
+        if len(hellos) == workers and all(hello.key == key for hello in hellos):
+            return tuple(hello.node for hello in hellos)
+        for actor in actors:
+            with contextlib.suppress(RayError):  # that it died is the answer
+                ray.get(actor.leave.remote(), timeout=LEAVE_SECONDS)
+            ray.kill(actor)
+        return None
 
     def adopt(self, slot: int, name: str, workers: int) -> None:
         """Take over the live workers called `name`."""

@@ -9,9 +9,12 @@ One JSON array a line; a line without its newline is not there yet. Records:
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,12 +28,15 @@ _encode = json.JSONEncoder(separators=(",", ":")).encode
 class SpoolWriter:
     """Appends records; every record is in the file when the call returns. Thread-safe.
 
-    A record that does not fit on the disk is taken back whole and the OSError is raised.
+    A record that does not fit on the disk is taken back whole and the OSError is raised. The file
+    is locked for as long as the writer lives, see `wait_unwritten`.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._fd = os.open(path, os.O_CREAT | os.O_APPEND | os.O_RDWR, 0o644)
+        with contextlib.suppress(OSError):  # some file systems have none
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._lock = threading.Lock()
         self.size = os.fstat(self._fd).st_size
 
@@ -110,6 +116,29 @@ def read_file(path: Path, offset: int) -> bytes:
             return _whole(lambda at, size: os.pread(file.fileno(), size, at), offset, CHUNK)
     except FileNotFoundError:
         return b""
+
+
+def wait_unwritten(path: Path, seconds: float) -> bool:
+    """Wait until no living process has the spool open for writing; False if one still has then."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    end = time.monotonic() + seconds
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    return False
+                time.sleep(0.05)
+            except OSError:
+                return True  # a file system without locks cannot say
+            else:
+                return True
+    finally:
+        os.close(descriptor)
 
 
 def _whole(read: Callable[[int, int], bytes], offset: int, limit: int) -> bytes:

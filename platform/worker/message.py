@@ -1,17 +1,19 @@
-"""What a controller and a worker say to each other: plain values, small."""
+"""What a controller and a worker say to each other: plain values, small.
+
+Named tuples, because thousands a second are pickled, and a dataclass with slots takes several times
+as long.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 Key = tuple[int, int]
 """(job id, attempt): every message carries it, and an older attempt's is refused."""
 
 
-@dataclass(frozen=True, slots=True)
-class Assignment:
+class Assignment(NamedTuple):
     """One attempt at one job, for one rank of it.
 
     Attributes:
@@ -40,8 +42,7 @@ class Assignment:
         return (self.job, self.attempt)
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(NamedTuple):
     """What a worker answers: a piece of the spool of the attempt it has.
 
     Attributes:
@@ -62,19 +63,22 @@ class Report:
     running: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Recalled:
+class Recalled(NamedTuple):
     """The answer to a recall: whether the attempt had not begun, and now never will."""
 
     key: Key
     given_back: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Hello:
-    """What a worker says once it is up. `rendezvous`: a free address on its node."""
+class Hello(NamedTuple):
+    """What a worker says once it is up.
+
+    Attributes:
+        rendezvous: a free address on its node. key: the attempt it has or had last.
+    """
 
     pid: int
     host: str
     node: str
     rendezvous: str
+    key: Key | None = None

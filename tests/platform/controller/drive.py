@@ -1,8 +1,9 @@
 """Runs a stored workflow on a running Ray in a process of its own, so that a test can lose it.
 
-    python drive.py HOME URL WORKFLOW ADDRESS
+    python drive.py HOME URL WORKFLOW ADDRESS [LABEL]
 
-With KVLAB_FAULT_MARK its workers inherit the fault, as those of a local run do.
+With LABEL as a controller on a cluster: its workers, named by it, outlive it. With KVLAB_FAULT_MARK
+its workers inherit the fault, as those of a local run do.
 """
 
 import json
@@ -13,12 +14,13 @@ import ray
 
 from kvlab.db.store import Store
 from kvlab.platform.controller.controller import Controller
+from kvlab.platform.controller.pool import Pool
 from kvlab.platform.home import Home
 
 FAULT = ("KVLAB_FAULT", "KVLAB_FAULT_MARK")
 
 
-def main(root: str, url: str, workflow: str, address: str) -> None:
+def main(root: str, url: str, workflow: str, address: str, label: str = "") -> None:
     handed_on = {name: os.environ[name] for name in FAULT if name in os.environ}
     ray.init(
         address,
@@ -28,8 +30,11 @@ def main(root: str, url: str, workflow: str, address: str) -> None:
         # Costs seconds, and a fault without a mark is the controller's.
         runtime_env={"env_vars": handed_on} if FAULT[1] in handed_on else None,
     )
+    home = Home.find(root, url)
+    pool = Pool(home, detached=True, label=label) if label else None
     with Store.open(url) as store:
-        outcome = Controller(Home.find(root, url), store, int(workflow)).run()
+        controller = Controller(home, store, int(workflow), detached=bool(label), pool=pool)
+        outcome = controller.run()
     print(json.dumps({"state": outcome.state}))
 
 

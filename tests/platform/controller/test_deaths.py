@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from kvlab.db.states import Cause, JobState
+from kvlab.db.states import Cause, JobState, WorkflowState
+from kvlab.platform.controller.controller import Controller
+from kvlab.platform.controller.pool import Pool
+from kvlab.platform.record.fault import POINTS
 
 pytestmark = pytest.mark.ray
 
@@ -21,9 +26,10 @@ DRIVE = Path(__file__).with_name("drive.py")
 def drive(cluster, home):
     """Run a stored workflow in another process, to its end; return its exit code and output."""
 
-    def go(workflow, **environment):
+    def go(workflow, *label, **environment):
+        words = [str(DRIVE), str(home.root), home.url, str(workflow), cluster, *label]
         process = subprocess.run(
-            [sys.executable, str(DRIVE), str(home.root), home.url, str(workflow), cluster],
+            [sys.executable, *words],
             env={**os.environ, **environment},
             capture_output=True,
             text=True,
@@ -49,3 +55,27 @@ def test_a_worker_that_dies_after_a_failed_end_fells_nobody(drive, submit, cell,
     jobs = {job.name: job for job in store.load(number).jobs}
     assert causes(jobs["a"]) == [Cause.OUT_OF_MEMORY] * 2
     assert jobs["b"].state is JobState.DONE
+
+
+CLUSTER_POINTS = [
+    one for one in POINTS if one.partition(".")[0] in ("start", "record", "end", "finish")
+]
+
+
+@pytest.mark.parametrize("point", CLUSTER_POINTS)
+def test_a_cluster_controller_dies_at(point, drive, submit, cell, store, home):
+    long = {"points": 12, "checkpoints": 3, "sleep": 0.6}
+    number = submit(cell("a", **long), cell("b", "a", **long))
+    label = f"test-{number}-{secrets.token_hex(4)}"
+    count = 2 if point.startswith(("start", "record")) else 1
+    code, said = drive(number, label, KVLAB_FAULT=f"{point}:{count}")
+    assert code == -signal.SIGKILL, said
+    pool = Pool(home, detached=True, label=label)
+    try:
+        outcome = Controller(home, store, number, detached=True, pool=pool).run()
+    finally:
+        pool.close()
+    assert outcome.state is WorkflowState.DONE
+    for job in store.load(number).jobs:
+        assert [point.step for point in store.points(job.id)] == list(range(1, 13))
+        assert set(causes(job)) <= {Cause.STOPPED, Cause.DONE}

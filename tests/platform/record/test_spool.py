@@ -6,13 +6,22 @@ import math
 import os
 import resource
 import signal
+import subprocess
+import sys
 from time import perf_counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvlab.platform.record.spool import CHUNK, NoSpool, SpoolWriter, read_file, records
+from kvlab.platform.record.spool import (
+    CHUNK,
+    NoSpool,
+    SpoolWriter,
+    read_file,
+    records,
+    wait_unwritten,
+)
 
 
 @pytest.fixture
@@ -103,3 +112,23 @@ def test_a_record_longer_than_a_chunk_arrives_whole(spool):
         ((kind, end),), size = records(data)
         assert (kind, first + size) == ("e", spool.size)
         assert len(end["result"]["window_losses"]) == 3 * CHUNK // 6
+
+
+def test_a_living_writer_is_waited_for(tmp_path):
+    path = tmp_path / "1-1.jsonl"
+    assert wait_unwritten(path, 0.0)
+    code = (
+        "import sys; from pathlib import Path; from kvlab.platform.record.spool import SpoolWriter;"
+        "writer = SpoolWriter(Path(sys.argv[1])); print('open', flush=True); sys.stdin.read()"
+    )
+    writer = subprocess.Popen(
+        [sys.executable, "-c", code, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert writer.stdout.readline() == "open\n"
+    assert not wait_unwritten(path, 0.1)
+    writer.kill()
+    assert wait_unwritten(path, 10.0)
+    writer.communicate()
