@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 
+from kvlab.db import engine
 from kvlab.db.errors import Held, LeaseLost
+from kvlab.db.rows import Lease
 from kvlab.db.store import Store
+from kvlab.platform.controller import lease as controller_lease
 from kvlab.platform.controller.inbox import Asked, Inbox, LeaseOver
 from kvlab.platform.controller.lease import Heartbeat, claim, owner
 
@@ -65,5 +70,40 @@ def test_the_heartbeat_hears_requests_and_the_loss(store, workflow):
         (message,) = inbox.get(10.0)
         assert isinstance(message, LeaseOver)
         assert isinstance(message.error, LeaseLost)
+    finally:
+        beat.close()
+
+
+def test_an_outage_longer_than_the_lease_is_survived(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(controller_lease, "TTL_SECONDS", 0.2)
+    monkeypatch.setattr(controller_lease, "BEAT_SECONDS", 0.02)
+    with Store.open(f"sqlite:///{tmp_path}/kvlab.db") as store:
+        workflow = store.create_workflow("w", "", {}, [], 0.0)
+        inbox = Inbox()
+        lease = claim(store, workflow)
+        beat = Heartbeat(store, lease, inbox)
+        try:
+            # Another writer holds the file: nothing can be renewed.
+            with sqlite3.connect(tmp_path / "kvlab.db", isolation_level=None) as other:
+                other.execute("BEGIN IMMEDIATE")
+                assert inbox.get(1.0) == []
+                other.execute("COMMIT")
+            store.request(workflow, "stop")
+            assert inbox.get(10.0) == [Asked("stop")]
+            with store.batch(lease, time.time()):
+                pass
+        finally:
+            beat.close()
+
+
+def test_a_heartbeat_that_breaks_says_so(store, monkeypatch):
+    monkeypatch.setattr(controller_lease, "BEAT_SECONDS", 0.02)
+    inbox = Inbox()
+    unbindable: Any = object()
+    beat = Heartbeat(store, Lease(unbindable, 1, "me"), inbox)
+    try:
+        (message,) = inbox.get(10.0)
+        assert isinstance(message, LeaseOver)
     finally:
         beat.close()
