@@ -11,7 +11,7 @@ from ray.exceptions import RayTaskError
 
 from kvlab.db.batches import Batch
 from kvlab.db.rows import Workflow
-from kvlab.db.states import TERMINAL, JobState, WorkflowState
+from kvlab.db.states import JobState, WorkflowState
 from kvlab.db.store import Store
 from kvlab.platform.compare import report_of
 from kvlab.platform.tracking.messages import JobMessage, Message, PointMessage, WorkflowMessage
@@ -30,12 +30,15 @@ FINISH_SECONDS = 15.0
 RETRY_SECONDS = 30.0
 POINTS = 5_000
 """Points that one message holds at most."""
+JOBS = 100
+"""Jobs that one message holds at most: MLflow takes some 30 a second."""
 
 
 class Feed:
     """Sends jobs as they change, and their points once they are final.
 
-    A point is final when a visible checkpoint covers it, or its job has ended. What MLflow holds is
+    A point is final when a visible checkpoint covers it, or its job is done: one that failed or was
+    cancelled goes on from its checkpoint when it is resumed. What MLflow holds is
     marked in SQL, so a later controller goes on from there. With `make` None it does nothing.
     """
 
@@ -99,6 +102,7 @@ class Feed:
             self._workflow["state"] = state
             self._workflow["ended_at"] = now
             self._workflow_pending = self._urgent = True
+            self._gave_up = False
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._gave_up or not self._owing(), FINISH_SECONDS)
 
@@ -107,7 +111,7 @@ class Feed:
         with self._changed:
             if self._make is None or not self._owing():
                 return None
-            count, why = len(self._pending), self._error or "slow"
+            count, why = len(self._pending | self._sending), self._error or "slow"
         return (
             f"MLflow lacks {count} jobs ({why}): `kvlab resume {self._workflow['id']}` "
             "brings it up to date"
@@ -132,16 +136,17 @@ class Feed:
                     return
                 if self._held_back and not self._urgent:
                     continue
-                last, self._urgent = self._urgent, False
-                told, self._workflow_pending = self._workflow_pending, False
-                self._sending, self._pending = self._pending, set()
-                jobs, workflow = sorted(self._sending), self._workflow.copy()
+                workflow, jobs, told = self._take()
+                more, last = bool(self._pending), self._urgent
+                self._urgent &= more
             if not (jobs or told):
                 pause = EVERY_SECONDS
                 continue
+            marks: list[Mark] = []
             try:
                 mirror = mirror or self._make()
                 marks = self._send(mirror, workflow, jobs)
+                pause = 0.0 if more else EVERY_SECONDS
             except Exception as error:  # whatever MLflow or its actor may raise: it is a mirror
                 if not isinstance(error, RayTaskError):
                     _end(mirror)
@@ -150,15 +155,24 @@ class Feed:
                     self._pending |= self._sending
                     self._workflow_pending |= told
                     self._error = _reason(error)
-                    self._gave_up = last
-                pause = min(2 * pause, RETRY_SECONDS)
-            else:
-                pause = EVERY_SECONDS
-                with self._changed:
-                    self._marks += marks
+                    self._gave_up, self._urgent = last, False
+                pause = min(2 * max(pause, EVERY_SECONDS), RETRY_SECONDS)
             with self._changed:
+                self._marks += marks
                 self._sending = set()
                 self._changed.notify_all()
+
+    def _take(self) -> tuple[WorkflowMessage, list[int], bool]:
+        """The next message's workflow and jobs, and whether it says all about the workflow."""
+        jobs, workflow = sorted(self._pending)[:JOBS], self._workflow.copy()
+        self._sending = set(jobs)
+        self._pending -= self._sending
+        if self._pending:  # how the workflow ended is said with the last of its jobs
+            workflow["state"] = WorkflowState.RUNNING
+            workflow.pop("ended_at", None)
+            return workflow, jobs, False
+        told, self._workflow_pending = self._workflow_pending, False
+        return workflow, jobs, told
 
     def _send(self, mirror: Any, workflow: WorkflowMessage, jobs: list[int]) -> list[Mark]:
         """Send one message, more where there are many points; return what MLflow then holds."""
@@ -192,7 +206,7 @@ class Feed:
     def _final(self, job: int, state: JobState) -> Iterator[PointMessage]:
         """The job's points that will not change any more and MLflow does not hold."""
         upto = None
-        if state not in TERMINAL:
+        if state is not JobState.DONE:
             visible = self._jobs.checkpoints.get(job)
             if visible is None:
                 return
@@ -221,6 +235,13 @@ class Feed:
             "id": job,
             "model": self._jobs.model(job),
         }
+        if message["result"]:
+            # A number for every window of text: for the store, MLflow has no use for them.
+            message["result"] = {
+                name: value
+                for name, value in message["result"].items()
+                if not name.startswith("window_")
+            }
         for name in ("name", "job", "kind", "identity", "axes", "spec"):
             message[name] = getattr(row, name)
         return cast(JobMessage, message)

@@ -186,7 +186,7 @@ class Mirror:
         runs = self._runs[parent]
         if job["id"] in runs:
             return runs[job["id"]]
-        if JobState(job["state"]) not in STARTED:
+        if JobState(job["state"]) not in STARTED and job.get("started_at") is None:
             return None
         client = self._connection()
         began = job.get("started_at") or job.get("ended_at") or workflow["created_at"]

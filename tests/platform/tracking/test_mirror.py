@@ -157,7 +157,9 @@ def test_a_newer_wording_of_a_parameter_does_not_block_the_mirror(uri: str) -> N
 
 def test_jobs_that_never_began_have_no_run(uri: str) -> None:
     states = ("waiting", "queued", "skipped", "cancelled")
-    jobs = [train(state, id=number, name=state) for number, state in enumerate(states)]
+    jobs = [
+        train(state, id=number, name=state, started_at=None) for number, state in enumerate(states)
+    ]
     Mirror(uri).send([{"workflow": workflow("cancelled"), "jobs": jobs}])
     assert held(uri)["count"] == 1
 
