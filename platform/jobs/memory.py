@@ -1,14 +1,17 @@
-"""Peak memory of a stretch of work: the CUDA allocator's, or the process's own on a CPU."""
+"""Memory of a stretch of work: its peak, what is left for it, and the errors of its end."""
 
 from __future__ import annotations
 
 import ctypes
 import resource
+import sys
 from pathlib import Path
 
 import torch
 
 _STATUS = Path("/proc/self/status")
+_MACHINE = Path("/proc/meminfo")
+_ALLOCATOR = "DefaultCPUAllocator"
 _CLEAR = Path("/proc/self/clear_refs")
 
 
@@ -41,6 +44,29 @@ class Peak:
             return int(torch.cuda.max_memory_allocated(self.device))
         reset = self.source == "resident memory above the start"
         return max(0, (_status("VmHWM") if reset else _lifetime()) - self._before)
+
+
+def free(device: torch.device) -> int:
+    """Return the bytes that work on the device may still take; without a source, no limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = _MACHINE.read_text().splitlines()
+    except OSError:
+        return sys.maxsize
+    return next(
+        (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")),
+        sys.maxsize,
+    )
+
+
+def exhausted(error: BaseException) -> bool:
+    """Say whether an error means that memory is at its end.
+
+    On a CPU torch says so in a bare RuntimeError, by the name of its allocator.
+    """
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or (isinstance(error, RuntimeError) and _ALLOCATOR in str(error))
 
 
 def _status(key: str) -> int:

@@ -139,6 +139,8 @@ class Expansion:
         except _Told:
             return
         _distinct(drafts)
+        if KINDS[job.kind].measured:
+            drafts = _alternating(drafts)
         if self._add_needs(job, drafts) and self._resolve(job, drafts):
             self.drafts[job.name] = drafts
             self._points[job.name] = [Point(draft.name, draft.axes) for draft in drafts]
@@ -260,6 +262,12 @@ class Expansion:
                     parent = self.parents[name]
                     distinct.setdefault(role, {}).setdefault(model_key(parent), parent)
         return {role: tuple(parents.values()) for role, parents in distinct.items()}
+
+
+def _alternating(drafts: Sequence[Draft]) -> list[Draft]:
+    """All arms of a seed before the next seed: a slow spell of the machine then hits every arm."""
+    seeds = list(dict.fromkeys(draft.axes[SEED] for draft in drafts))
+    return sorted(drafts, key=lambda draft: seeds.index(draft.axes[SEED]))
 
 
 def _distinct(drafts: Sequence[Draft]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -15,6 +16,20 @@ MOST_MEMORY = 1 << 30
 """Bytes of a GPU that may be taken before the job uses it: a context takes about half of it."""
 
 
+class Counted(NamedTuple):
+    """Seconds so far: of all processors at work, of this process's own work, and of the clock."""
+
+    busy: float
+    own: float
+    wall: float
+
+
+def others(begun: Counted, now: Counted) -> float:
+    """Return how many cores others kept busy between two counts."""
+    wall = now.wall - begun.wall
+    return max(0.0, (now.busy - begun.busy) - (now.own - begun.own)) / wall if wall > 0 else 0.0
+
+
 class Load:
     """Counts the processor time of all others, stolen time of a virtual machine included."""
 
@@ -23,20 +38,18 @@ class Load:
 
     def cores(self) -> float | None:
         """Return how many cores others kept busy since the start; None where nothing says so."""
-        begun, now = self._begun, self._now()
-        if begun is None or now is None:
-            return None
-        busy, own, wall = (after - before for before, after in zip(begun, now, strict=True))
-        return max(0.0, busy - own) / wall if wall > 0 else None
+        now = self._now()
+        return None if self._begun is None or now is None else others(self._begun, now)
 
-    def _now(self) -> tuple[float, float, float] | None:
+    def _now(self) -> Counted | None:
         try:
             fields = _STAT.read_text().split("\n", 1)[0].split()[1:9]
             user, nice, system, _idle, _waiting, irq, softirq, stolen = map(int, fields)
         except (OSError, ValueError):
             return None
         ticks = user + nice + system + irq + softirq + stolen
-        return ticks / os.sysconf("SC_CLK_TCK"), time.process_time(), time.monotonic()
+        busy = ticks / os.sysconf("SC_CLK_TCK")
+        return Counted(busy, time.process_time(), time.monotonic())
 
 
 def before(seconds: float = 0.5) -> float | None:

@@ -138,14 +138,18 @@ class Bench:
     def largest(self, budget: int, row: Mapping[str, Any]) -> int:
         """Return the largest batch whose cache was seen to fit the budget; 0 where none does.
 
-        It is reckoned from the bytes per sequence that were measured, then run: what the cache
-        holds decides, and a batch that the device's memory cannot take is lowered by a tenth.
+        It is reckoned from the bytes per sequence that were measured, no more than the memory that
+        is free takes, then run: what the cache holds decides, and a batch that the device cannot
+        take is lowered by a tenth.
         """
-        batch = int(budget // (row["kv_bytes"] / row["batch"]))
+        each = row["kv_bytes"] / row["batch"]
+        batch = int(min(budget, memory.free(self.device)) // each)
         while batch:
             try:
                 held = self.once(batch).kv_bytes
-            except (torch.OutOfMemoryError, MemoryError):
+            except (RuntimeError, MemoryError) as error:
+                if not memory.exhausted(error):
+                    raise
                 batch = batch * 9 // 10
                 continue
             if held <= budget:

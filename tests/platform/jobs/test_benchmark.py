@@ -2,14 +2,16 @@
 
 import json
 import math
+import os
 import random
+import time
 
 import pytest
 import torch
 
 from kvlab.methods.store import load
 from kvlab.platform.jobs import memory
-from kvlab.platform.jobs.benchmark.load import Load
+from kvlab.platform.jobs.benchmark.load import Counted, Load, others
 from kvlab.platform.jobs.benchmark.measure import generate
 from kvlab.platform.jobs.benchmark.median import summarise
 from kvlab.platform.jobs.context import Stopped
@@ -43,8 +45,15 @@ def test_a_row_holds_what_was_measured(base, tmp_path):
             assert len(timing["samples"]) == 5
             assert 0 < timing["low"] <= timing["median"] <= timing["high"]
         assert row["time_to_first_token"]["median"] >= row["prefill_seconds"]["median"]
-        # Prefill is part of the whole, so the whole is slower than decoding alone.
-        assert row["tokens_per_second"]["median"] > 0
+        # The whole is the first token, prefill included, and then the decoding.
+        for first, decoded, whole in zip(
+            row["time_to_first_token"]["samples"],
+            row["decode_tokens_per_second"]["samples"],
+            row["tokens_per_second"]["samples"],
+            strict=True,
+        ):
+            seconds = first + row["batch"] * 6 / decoded
+            assert row["batch"] * 7 / whole == pytest.approx(seconds)
         assert row["peak_memory_bytes"] >= sum(p.numel() for p in load(base).parameters()) * 4
     assert result["gates"]["repeats_enough"]
     assert result["gates"]["tokens_as_asked"]
@@ -131,9 +140,32 @@ def test_the_peak_sees_memory_that_was_given_back():
 
 
 def test_work_of_this_process_is_not_the_load_of_others():
+    begun = Counted(busy=100.0, own=10.0, wall=50.0)
+    assert others(begun, Counted(busy=108.0, own=18.0, wall=54.0)) == 0.0
+    assert others(begun, Counted(busy=110.0, own=18.0, wall=54.0)) == 0.5
+    assert others(begun, begun) == 0.0
+
+
+def test_the_load_of_others_is_at_most_what_the_machine_has():
     load_ = Load()
-    total = sum(i * i for i in range(2_000_000))
-    assert total
+    begun = time.process_time()
+    while time.process_time() - begun < 0.2:
+        pass
     cores = load_.cores()
     assert cores is not None
-    assert cores >= 0
+    assert 0 <= cores <= os.cpu_count()
+
+
+def test_memory_at_its_end_is_told_from_other_errors():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(1 << 50, dtype=torch.uint8)
+    assert memory.exhausted(error.value)
+    assert memory.exhausted(torch.OutOfMemoryError())
+    assert not memory.exhausted(RuntimeError("shapes do not match"))
+    assert 0 < memory.free(torch.device("cpu")) < 1 << 50
+
+
+def test_a_budget_beyond_the_memory_there_is_ends_at_what_fits(base, tmp_path, monkeypatch):
+    one = bench(base, tmp_path, batch=[1], repeats=1)["rows"][0]["kv_bytes"]
+    monkeypatch.setattr(memory, "free", lambda device: 3 * one)
+    assert bench(base, tmp_path, batch=[1], repeats=1, kv_budget=1 << 60)["largest_batch"] == 3

@@ -157,6 +157,20 @@ def test_job_options_reach_the_cell() -> None:
     assert cell.resources == Resources(cpus=2, gpus=1, memory=512 * 2**20)
 
 
+def test_arms_of_a_benchmark_alternate_within_a_seed(jobs: Jobs) -> None:
+    text = jobs(
+        "  base: {train: {method: full_attention, tokens: 1k}}\n"
+        "  other: {train: {method: full_attention, tokens: 2k}}\n"
+        "  quality: {evaluate: {of: [base, other]}}\n"
+        "  speed: {benchmark: {of: [base, other], prompt: 8, generate: 8}}\n"
+    ).replace("jobs:\n", "seeds: [1, 0]\njobs:\n", 1)
+    found = [cell for cell in cells(text).values() if cell.job == "speed"]
+    said = [(cell.axes["seed"], cell.parents["of"].split("[")[0]) for cell in found]
+    assert said == [(1, "base"), (1, "other"), (0, "base"), (0, "other")]
+    scored = [cell.axes["seed"] for cell in cells(text).values() if cell.job == "quality"]
+    assert scored == [1, 0, 1, 0]
+
+
 def test_a_mistake_in_one_job_does_not_hide_one_in_another(jobs: Jobs) -> None:
     with pytest.raises(WorkflowError) as error:
         check(
