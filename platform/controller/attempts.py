@@ -19,6 +19,7 @@ from kvlab.platform.controller.slots import Slots, SlotState
 from kvlab.platform.home import Home
 from kvlab.platform.record.recorder import Tail
 from kvlab.platform.record.spool import wait_unwritten
+from kvlab.platform.worker.checkpoints import newest
 
 REUSED_AFTER = frozenset({Cause.DONE, Cause.USER_ERROR, Cause.DIVERGED, Cause.STOPPED})
 """Ends that leave a worker process fit for another job."""
@@ -264,7 +265,7 @@ class Attempts:
         attempt = self._schedule.started(job, now)
         row = self._jobs[job]
         workers = row.resources.get("workers", 1)
-        restore = self._jobs.checkpoint(job) if attempt > 1 else None
+        restore, found = self._checkpoint(job, attempt)
         worker = self._pool.name(slot)
         one = self._slots[slot]
 
@@ -274,6 +275,8 @@ class Attempts:
                 raise RuntimeError(f"job {job}: attempt {number} stored, {attempt} expected")
             if attempt > 1:
                 batch.rewind(job, attempt, None if restore is None else restore[0])
+            if found is not None:
+                batch.checkpoint(job, attempt, *found)
 
         self._ledger.row(write, "start")
         self._jobs.note(job, attempt, JobState.RUNNING, started_at=now, ended_at=None)
@@ -285,6 +288,24 @@ class Attempts:
             self._workflow, job, attempt, restore, one, self._pool.rendezvous(slot)
         )
         self._ledger.then(lambda: self._pool.run(slot, assignments))
+
+    def _checkpoint(
+        self, job: int, attempt: int
+    ) -> tuple[tuple[int, str] | None, tuple[int, str] | None]:
+        """Where attempt `attempt` goes on from; and the same once more if the store lacks it.
+
+        That the one which the store names is gone is not the end: the attempt before may have left
+        another, whose points are all stored.
+        """
+        if attempt == 1:
+            return None, None
+        stored = self._jobs.checkpoint(job)
+        if stored is not None:
+            return stored, None
+        found = newest(self._home.checkpoints(self._jobs[job].identity, job), attempt - 1)
+        if found is not None:
+            self._jobs.note_checkpoint(job, found)
+        return found, found
 
     def _leave(self, running: Running, fit: bool, now: float, quick: bool) -> None:
         """An attempt leaves its slot: for another job, or for good."""

@@ -17,8 +17,9 @@ class Checkpoints:
     """Writes folders aside and renames each to <attempt>-<step> after the acknowledgement.
 
     A background thread syncs and renames, so training goes on. Of several waiting checkpoints the
-    oldest is kept, which will be visible soonest, and the newest. An error of the thread is raised
-    by the job's next call.
+    oldest is kept, which will be visible soonest, and the newest. A visible one is removed when the
+    record of a newer one was acknowledged: until then the store names it. An error of the thread is
+    raised by the job's next call.
     """
 
     def __init__(self, folder: Path, attempt: int, spool: SpoolWriter) -> None:
@@ -27,6 +28,7 @@ class Checkpoints:
         self._spool = spool
         self._changed = threading.Condition()
         self._waiting: list[tuple[int, Path, int]] = []  # step, folder, size of the spool then
+        self._told: list[tuple[int, int]] = []  # step, size of the spool with its record
         self._acknowledged = 0
         self._error: OSError | None = None
         self._closed = False
@@ -96,18 +98,25 @@ class Checkpoints:
             raise self._error
 
     def _due(self) -> bool:
-        return self._closed or (bool(self._waiting) and self._waiting[0][2] <= self._acknowledged)
+        return (
+            self._closed
+            or (bool(self._waiting) and self._waiting[0][2] <= self._acknowledged)
+            or (bool(self._told) and self._told[0][1] <= self._acknowledged)
+        )
 
     def _reveal(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(self._due)
-                if not self._waiting:
+                if self._closed and not self._waiting:
                     return
-                step, aside, _ = self._waiting.pop(0)
-                self._busy = True
+                upto, self._busy = self._acknowledged, True
+                ready = bool(self._waiting) and self._waiting[0][2] <= upto
+                step, aside, _ = self._waiting.pop(0) if ready else (0, None, 0)
             try:
-                self._rename(step, aside)
+                if aside is not None:
+                    self._rename(step, aside)
+                self._remove_older(upto)
             except OSError as error:
                 self._error = error
             with self._changed:
@@ -120,10 +129,18 @@ class Checkpoints:
         artifacts.move(aside, target)
         fault.point("checkpoint.after_rename")
         self._spool.checkpoint(step, str(target))
+        self._told.append((step, self._spool.size))
         artifacts.remove(aside)
+
+    def _remove_older(self, acknowledged: int) -> None:
+        """Remove what came before the newest checkpoint that the store names."""
+        known = [step for step, size in self._told if size <= acknowledged]
+        if not known:
+            return
+        self._told = self._told[len(known) :]
         for older, path in _visible(self._folder):
             # A later attempt's are not ours to remove, should this one be superseded.
-            if older < (self._attempt, step):
+            if older < (self._attempt, known[-1]):
                 artifacts.remove(path)
 
 

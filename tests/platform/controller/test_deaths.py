@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -79,3 +80,19 @@ def test_a_cluster_controller_dies_at(point, drive, submit, cell, store, home):
     for job in store.load(number).jobs:
         assert [point.step for point in store.points(job.id)] == list(range(1, 13))
         assert set(causes(job)) <= {Cause.STOPPED, Cause.DONE}
+
+
+def test_a_checkpoint_that_the_store_did_not_hear_of_is_found(run, cell, store, home):
+    _, jobs = run(cell("a", points=20, checkpoints=5, sleep=2.0, fail="user", fail_at=17))
+    job = jobs["a"]
+    folder = home.checkpoints(job.identity, job.id)
+    newest = max(folder.iterdir(), key=lambda path: int(path.name.partition("-")[2]))
+    assert newest.name in ("1-10", "1-15")
+    # As if the attempt had been ended between the rename and the store's hearing of it.
+    with sqlite3.connect(home.root / "kvlab.db") as database:
+        database.execute(
+            "UPDATE artifacts SET step = 5, uri = ? WHERE role = 'checkpoint'", [str(folder / "0")]
+        )
+    _, jobs = run(1)
+    assert jobs["a"].attempts[1].from_step == int(newest.name.partition("-")[2])
+    assert [point.step for point in store.points(job.id)] == list(range(1, 18))

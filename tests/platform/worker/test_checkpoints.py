@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import time
 
 import pytest
 
@@ -54,6 +55,20 @@ def test_only_the_newest_stays(checkpoints, folder):
         checkpoints.acknowledge(10**6)
         checkpoints.settle(SOON)
     assert [path.name for path in folder.iterdir()] == ["1-3"]
+
+
+def test_the_one_the_store_names_stays(checkpoints, spool, folder):
+    # Between a rename and the acknowledgement of its record the store names the one before.
+    for step in (10, 20):
+        checkpoints.save(step, writing(str(step)))
+        checkpoints.acknowledge(spool.size)
+        checkpoints.settle(SOON)
+    assert sorted(path.name for path in folder.iterdir()) == ["1-10", "1-20"]
+    checkpoints.acknowledge(spool.size)
+    end = time.monotonic() + SOON
+    while (folder / "1-10").exists():
+        assert time.monotonic() < end
+    assert [path.name for path in folder.iterdir()] == ["1-20"]
 
 
 def test_frequent_checkpoints_do_not_starve_the_oldest(checkpoints, spool, folder):
