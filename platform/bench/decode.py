@@ -13,7 +13,7 @@ from kvlab.methods.build import build
 from kvlab.methods.cost import cost_of
 from kvlab.methods.decoder.config import PRESETS, DecoderConfig
 from kvlab.methods.store import save
-from kvlab.platform.bench.line import Line, middle
+from kvlab.platform.bench.line import Line
 from kvlab.platform.jobs.benchmark.median import summarise
 from kvlab.platform.jobs.local import run_cell
 
@@ -52,20 +52,14 @@ def run(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Line]:
                 Line(
                     f"decode, blocks of 4, prompt {prompt} + {generate}, {budget >> 20} MiB KV",
                     "tokens/s",
-                    mine["median"],
-                    other["median"],
+                    mine["decode_tokens_per_second"]["median"],
+                    other["decode_tokens_per_second"]["median"],
                     beside="full attention",
                     void=void,
                     detail={"blocks": mine, "tokens": other, "body_parameters": bodies},
                 )
             )
     return lines
-
-
-def together(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Join the rounds of one side: the last row, and the median of every round's samples."""
-    samples = [rate for row in rows for rate in row["decode_tokens_per_second"]["samples"]]
-    return {**rows[-1], "samples": samples, "median": middle(samples)}
 
 
 def equal_bodies(preset: str) -> tuple[DecoderConfig, DecoderConfig]:
