@@ -48,7 +48,8 @@ def sync(folder: Path) -> None:
 
 def remove(folder: Path) -> None:
     """Delete a folder that may be gone already."""
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sync_one(path: Path) -> None:

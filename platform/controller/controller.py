@@ -38,6 +38,8 @@ from kvlab.platform.record.feed import Feed, MakeMirror
 STOP_SECONDS = 30.0
 """How long jobs have to checkpoint after a request to stop."""
 
+OTHERS_SECONDS = 0.2
+
 NODES_SECONDS = 10.0
 """How often a cluster is asked which nodes it has."""
 
@@ -143,7 +145,7 @@ class Controller:
         try:
             self._open(stored, attempts)
             while not self._schedule.finished:
-                self._tick(attempts, self._inbox.get(self._patience(attempts)))
+                self._tick(attempts, self._listen(self._patience(attempts)))
             return self._close(lease)
         finally:
             self._feed.close()
@@ -235,6 +237,16 @@ class Controller:
         self._cancelled = True
         attempts.moved(self._schedule.cancel())
         attempts.end_all(Cause.CANCELLED, now)
+
+    def _listen(self, seconds: float) -> list[Message]:
+        """Wait for a message; what comes from elsewhere than workers may take `OTHERS_SECONDS`."""
+        if not self._pool.expecting:
+            return self._inbox.get(seconds)
+        heard = self._inbox.get(0.0)
+        if not heard:
+            self._pool.hear(min(seconds, OTHERS_SECONDS), self._slots.ahead // 2)
+            heard = self._inbox.get(0.0)
+        return heard
 
     def _patience(self, attempts: Attempts) -> float:
         """Seconds until something is due."""

@@ -1,4 +1,4 @@
-"""What a controller hears of, from Ray's callbacks, its heartbeat and its operator."""
+"""What a controller hears of: from its workers, its heartbeat and its operator."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Inbox:
         """Return all messages there are, waiting `seconds` at most for the first."""
         found: list[Message] = []
         try:
-            found.append(self._queue.get(timeout=max(0.0, seconds)))
+            found.append(self._queue.get(block=seconds > 0, timeout=seconds or None))
             while True:
                 found.append(self._queue.get_nowait())
         except queue.Empty:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -59,12 +58,13 @@ class Pool:
 
     def __init__(self, home: Home, *, detached: bool = False, label: str = "") -> None:
         self.label = label
-        self.inbox = self._inbox = Inbox()
+        self.inbox = Inbox()
         # An attempt that waits behind another is no adopter's to find: a cluster has none.
         self.slots = Slots(self.nodes(), depth=1) if detached else Slots(self.nodes())
         self._home = home
         self._detached = detached
         self._crews: dict[int, _Crew] = {}
+        self._calls: dict[Any, tuple[int, Callable[[Any], None]]] = {}
         self._class: Any = ray.remote(concurrency_groups=GROUPS)(Worker)  # type: ignore[call-overload]
 
     @staticmethod
@@ -149,7 +149,7 @@ class Pool:
             if len(hellos) == len(crew.actors):
                 if len(hellos) > 1:
                     crew.rendezvous = hellos[0].rendezvous
-                self._inbox.put(Up(slot, tuple(hellos[one] for one in sorted(hellos))))
+                self.inbox.put(Up(slot, tuple(hellos[one] for one in sorted(hellos))))
 
         for rank, actor in enumerate(crew.actors):
             self._when(slot, actor.hello.remote(), partial(answered, rank))
@@ -160,7 +160,7 @@ class Pool:
             self._when(
                 slot,
                 actor.run.remote(assignment),
-                lambda report: self._inbox.put(Told(slot, report, ran=True)),
+                lambda report: self.inbox.put(Told(slot, report, ran=True)),
             )
 
     def rendezvous(self, slot: int) -> str | None:
@@ -174,7 +174,7 @@ class Pool:
 
         def answered(report: Report) -> None:
             crew.polling -= 1
-            self._inbox.put(Told(slot, report, ran=False))
+            self.inbox.put(Told(slot, report, ran=False))
 
         for rank, actor in enumerate(crew.actors):
             crew.polling += 1
@@ -185,7 +185,7 @@ class Pool:
 
         def answered(recalled: Recalled) -> None:
             if recalled.given_back:
-                self._inbox.put(TakenBack(slot, key))
+                self.inbox.put(TakenBack(slot, key))
 
         self._when(slot, self._crews[slot].actors[0].recall.remote(key), answered)
 
@@ -209,18 +209,54 @@ class Pool:
         for slot in list(self._crews):
             self.kill(slot)
 
-    def _when(self, slot: int, reference: Any, then: Callable[[Any], None]) -> None:
-        def done(future: Future[Any]) -> None:
-            try:
-                answer = future.result()
-            except RayError as error:
-                self._inbox.put(_lost(slot, error))
-            except Exception as error:
-                self._inbox.put(Lost(slot, f"worker fault: {type(error).__name__}: {error}"))
+    def hear(self, seconds: float, gather: int) -> None:
+        """Put what workers answer within `seconds` into the inbox; return at the first answer.
+
+        Args:
+            gather: how many answers are worth waiting `GATHER_SECONDS` for after the first.
+        """
+        open_calls = list(self._calls)
+        ready, _ = ray.wait(open_calls, num_returns=1, timeout=seconds, fetch_local=False)
+        if ready and len(open_calls) > 1:
+            wanted = max(1, min(gather, len(open_calls)))
+            ready, _ = ray.wait(
+                open_calls, num_returns=wanted, timeout=GATHER_SECONDS if gather else 0.0
+            )
+        for reference, answer in zip(ready, _answers(ready), strict=True):
+            slot, then = self._calls.pop(reference)
+            if isinstance(answer, RayError):
+                self.inbox.put(_lost(slot, answer))
+            elif isinstance(answer, Exception):
+                self.inbox.put(Lost(slot, f"worker fault: {type(answer).__name__}: {answer}"))
             else:
                 then(answer)
 
-        reference.future().add_done_callback(done)
+    @property
+    def expecting(self) -> bool:
+        """Whether some call is open."""
+        return bool(self._calls)
+
+    def _when(self, slot: int, reference: Any, then: Callable[[Any], None]) -> None:
+        self._calls[reference] = (slot, then)
+
+
+def _answers(references: list[Any]) -> list[Any]:
+    """The values of finished calls; where one failed, its error."""
+    try:
+        found: list[Any] = ray.get(references)
+        return found
+    except Exception:
+        if len(references) > 1:
+            return [answer for one in references for answer in _answers([one])]
+        return [_error(references[0])]
+
+
+def _error(reference: Any) -> Exception:
+    try:
+        ray.get(reference)
+    except Exception as error:  # whatever the call raised
+        return error
+    raise AssertionError("the call did not fail")
 
 
 def _lost(slot: int, error: RayError) -> Lost:

@@ -17,7 +17,7 @@ from kvlab.platform.graph import Resources
 
 IDLE_SECONDS = 60.0
 
-DEPTH = 4
+DEPTH = 8
 """Jobs that a worker is given at once where its last one was quick: none waits for a message."""
 
 
@@ -92,6 +92,7 @@ class Slots:
         self._quick: dict[Resources, set[int]] = defaultdict(set)
         self._starting: defaultdict[Resources, int] = defaultdict(int)
         self._next = 1
+        self.ahead = 0  # jobs given to workers that still have one
 
     def __getitem__(self, slot: int) -> Slot:
         return self._slots[slot]
@@ -168,6 +169,7 @@ class Slots:
         one = self._slots[slot]
         if one.state is SlotState.STARTING:
             self._starting[one.shape] -= 1
+        self.ahead -= one.jobs > 1
         one.jobs = max(0, one.jobs - 1)
         one.idle_since = now
         if quick and one.shape.workers == 1 and not one.shape.exclusive:
@@ -189,6 +191,7 @@ class Slots:
         """The slot is dead or about to be: its room is free."""
         one = self._slots.pop(slot)
         self._quick[one.shape].discard(slot)
+        self.ahead -= max(0, one.jobs - 1)
         if one.state is SlotState.STARTING:
             self._starting[one.shape] -= 1
         elif one.state is SlotState.IDLE:
@@ -211,6 +214,7 @@ class Slots:
     def _give(self, slot: int, schedule: Schedule, decision: Decision) -> None:
         one = self._slots[slot]
         one.jobs += 1
+        self.ahead += one.jobs > 1
         decision.run.append((schedule.take(one.shape), slot))
 
     def _add(self, shape: Resources, places: tuple[tuple[str, Room], ...]) -> Slot:

@@ -1,4 +1,4 @@
-"""One real Ray for all tests here, a fresh home for each, and workflows of no-op jobs."""
+"""One real Ray for the tests of a module, a fresh home for each, and workflows of no-op jobs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from kvlab.platform.graph import Cell, Resources
 from kvlab.platform.home import Home
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster():
-    """The address of a Ray that says it has four CPUs: jobs here mostly sleep."""
+    """The address of a Ray that says it has four CPUs: jobs here mostly sleep.
+
+    A process has one Ray at a time, and other tests need theirs: it ends with the module.
+    """
     with local_ray(cpus=4):
         yield ray.get_runtime_context().gcs_address
 

@@ -32,9 +32,9 @@ def workflow(submit, cell):
     retries = {Cause.NODE_LOST: 3}
     return submit(
         cell("a", retries=retries, **long),
-        cell("quick", points=2),
+        cell("quick", points=2, retries=retries),
         cell("b", "a", retries=retries, **long),
-        cell("c", "a", "quick", points=2),
+        cell("c", "a", "quick", points=2, retries=retries),
     )
 
 

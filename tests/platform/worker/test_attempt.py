@@ -95,7 +95,7 @@ def test_files_are_published_whole_and_the_first_publisher_wins(home):
 
 
 def test_other_ranks_tell_their_end_alone(home):
-    one = attempt(home, rank=1, workers=2)
+    one = attempt(home, rank=1)
     one.run()
     assert told(one) == [["e", {"cause": "done"}]]
     assert list((home.root / "spool").iterdir()) == []
