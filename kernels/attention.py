@@ -55,7 +55,7 @@ def attend(
     q_positions: Tensor | None,
     k_positions: Tensor | None,
     rule: Rule = CAUSAL,
-    want_key_mass: bool = False,
+    mass_rows: slice | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Scaled dot-product attention, grouped queries included.
@@ -64,13 +64,14 @@ def attend(
         q: [B, H, T, D]; already rotated.
         k: [B, H_kv, S, D]; H is a multiple of H_kv.
         v: [B, H_kv, S, D_v].
-        q_positions: [B, T]. None states that queries and keys are the same rows in order, none
-            empty (training on packed text), so that the fused causal path may be used.
+        q_positions: [B, T]. None states that queries are packed rows 0..T-1, none empty, and beside
+            no `k_positions` that the keys are the same rows (training on packed text), so that the
+            fused causal path may be used.
         k_positions: [B, S] or [B, H_kv, S]; EMPTY marks rows that hold nothing. None beside given
             `q_positions` states that every query may read every key (a decode step over a cache
             without empty rows), so that no mask is needed.
         rule: what a query may read.
-        want_key_mass: also return each key's attention summed over the queries.
+        mass_rows: also return each key's attention summed over these query rows of T.
         mask: `rule.allows(q_positions, k_positions)` where the caller has it already (layers share
             it); a kernel that masks from positions ignores it.
 
@@ -78,61 +79,65 @@ def attend(
         out [B, H, T, D_v], zero for a query that may read nothing; and the key mass
         [B, H, S] in float32, or None.
     """
-    packed = q_positions is None
-    causal = packed and rule.is_causal(q.shape[2])
-    if packed and not causal and mask is None:
-        q_positions = k_positions = torch.arange(q.shape[2], device=q.device).unsqueeze(0)
-    if mask is None and q_positions is not None and k_positions is not None:
-        mask = rule.allows(q_positions, k_positions)
-    if want_key_mass:
-        return _attend_and_weigh(q, k, v, mask, causal)
-    if q.shape[2] == 1 and not rule.strict:
-        return _attend_one(q, k, v, mask), None
-    return _attend_many(q, k, v, mask, causal), None
-
-
-def _attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """One query row per sequence: the query heads of a KV head become its rows.
-
-    No key is repeated in memory, and on CPU the kernel is faster than with `enable_gqa`.
-    """
-    batch, heads, _, dim = q.shape
-    grouped = q.reshape(batch, k.shape[1], -1, dim)
-    out = F.scaled_dot_product_attention(grouped, k, v, mask)
-    return out.reshape(batch, heads, 1, v.shape[-1])
-
-
-def _attend_many(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    group = q.shape[1] // k.shape[1]
-    if mask is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=group > 1)
-    if mask.shape[1] > 1:
-        mask = mask.repeat_interleave(group, dim=1)
-    if (
-        q.device.type == "cpu"
-    ):  # its kernel takes groups, and gives zero for a row that reads nothing
-        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=group > 1)
-    if group > 1:  # CUDA's fused kernels take a mask or groups, not both
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    readable = mask.any(-1, keepdim=True)
-    out = F.scaled_dot_product_attention(q, k, v, mask | ~readable)
-    return out.masked_fill(~readable, 0.0)
-
-
-def _attend_and_weigh(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
-) -> tuple[Tensor, Tensor]:
-    """Attention with its probabilities in the open; scores and softmax in float32."""
-    batch, heads, rows, dim = q.shape
-    kv_heads, keys = k.shape[1], k.shape[2]
-    grouped = q.reshape(batch, kv_heads, heads // kv_heads, rows, dim).float() * dim**-0.5
-    scores = grouped @ k.float().unsqueeze(2).transpose(-1, -2)  # [B, H_kv, G, T, S]
+    rows = q.shape[2]
+    causal = q_positions is None and k_positions is None and mask is None and rule.is_causal(rows)
+    if mask is None and not causal:
+        if q_positions is None:
+            q_positions = torch.arange(rows, device=q.device).unsqueeze(0)
+            k_positions = q_positions if k_positions is None else k_positions
+        if k_positions is not None:
+            mask = rule.allows(q_positions, k_positions)
+    if mass_rows is None:
+        return _attend(q, k, v, mask, causal), None
     if causal:
-        mask = torch.ones(rows, keys, dtype=torch.bool, device=q.device).tril()[None, None]
-    if mask is not None:
-        scores = scores.masked_fill(~mask.unsqueeze(2), torch.finfo(scores.dtype).min)
-    shares = scores.softmax(-1)
-    if mask is not None:
-        shares = shares * mask.unsqueeze(2)  # a row that may read nothing gives zero
-    out = (shares.to(v.dtype) @ v.unsqueeze(2)).reshape(batch, heads, rows, v.shape[-1])
-    return out, shares.sum(-2).reshape(batch, heads, keys)
+        mask = torch.ones(rows, rows, dtype=torch.bool, device=q.device).tril()[None, None]
+    shares = _shares(q[:, :, mass_rows], k, None if mask is None else mask[:, :, mass_rows])
+    mass = shares.sum(-2).flatten(1, 2)
+    if shares.shape[-2] < rows:
+        return _attend(q, k, v, None if causal else mask, causal), mass
+    return (shares.to(v.dtype) @ v.unsqueeze(2)).flatten(1, 2), mass
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Attention by the fastest kernel that torch has for it."""
+    group = q.shape[1] // k.shape[1]
+    on_cpu = q.device.type == "cpu"
+    if mask is None and (causal or q.shape[2] > 1):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=group > 1)
+    if mask is not None and on_cpu and q.shape[2] > 1:
+        if mask.shape[1] > 1:
+            mask = mask.repeat_interleave(group, dim=1)
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=group > 1)
+    return _attend_folded(q, k, v, mask)
+
+
+def _attend_folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The query heads of a KV head become its rows, so that no key is repeated in memory.
+
+    CUDA's fused kernels take a mask or groups, not both; on CPU a single row is faster so.
+    """
+    batch, heads, rows, dim = q.shape
+    folded = q.reshape(batch, k.shape[1], -1, dim)
+    readable = None
+    if mask is not None and rows > 1 and folded.shape[2] > rows:
+        group = folded.shape[2] // rows
+        mask = mask.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(2, 3)
+    if mask is not None and q.device.type != "cpu":  # only there a row that reads nothing is zero
+        readable = mask.any(-1, keepdim=True)
+        mask = mask | ~readable
+    out = F.scaled_dot_product_attention(folded, k, v, mask)
+    if readable is not None:
+        out = out.masked_fill(~readable, 0.0)
+    return out.reshape(batch, heads, rows, v.shape[-1])
+
+
+def _shares(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """The probabilities [B, H_kv, G, T, S] in the open; scores and softmax in float32."""
+    batch, _, rows, dim = q.shape
+    grouped = q.reshape(batch, k.shape[1], -1, rows, dim).float() * dim**-0.5
+    scores: Tensor = grouped @ k.float().unsqueeze(2).transpose(-1, -2)
+    if mask is None:
+        return scores.softmax(-1)
+    mask = mask.unsqueeze(2)
+    shares: Tensor = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
+    return shares * mask  # a row that may read nothing gives zero

@@ -32,6 +32,12 @@ AxisName = Literal["sharing", "granularity", "eviction", "budget", "precision"]
 AXES: tuple[AxisName, ...] = ("sharing", "granularity", "eviction", "budget", "precision")
 TRAIN_TIME: frozenset[AxisName] = frozenset({"sharing", "granularity"})
 """Axes that shape the weights; the others are chosen where a model is used (`apply:`)."""
+READ_BY: dict[AxisName, AxisName] = {
+    "sharing": "granularity",
+    "budget": "eviction",
+    "precision": "eviction",
+}
+"""Axes that only act through the value of another, which must list them in `consumes`."""
 
 ENTRY_POINTS = "kvlab.methods"
 
@@ -69,6 +75,8 @@ class Value:
         convertible: (uptrained params, parent's config) -> what keeps a decoder of these sizes from
             being converted.
         span: granularity only: params -> tokens that one position stands for; None: one.
+        consumes: the axes of `READ_BY` that this value's implementation reads; a choice on one that
+            it does not list is refused.
         sources: packages whose files decide the result (part of a job's identity).
     """
 
@@ -84,6 +92,7 @@ class Value:
     uptrained: Callable[[Any], Any] | None = None
     convertible: Callable[[Any, DecoderConfig], Iterable[str]] | None = None
     span: Callable[[Any], int] | None = None
+    consumes: tuple[AxisName, ...] = ()
     sources: tuple[str, ...] = ()
 
     def load(self) -> Any:
@@ -108,6 +117,11 @@ class Choice:
 
     value: Value
     params: Any
+
+    @property
+    def is_default(self) -> bool:
+        """Whether it says what the axis is without a choice."""
+        return self.value.default and self.params == self.value.params()
 
     def to_dict(self) -> dict[str, Any]:
         return {self.value.name: asdict(self.params)}
@@ -145,7 +159,7 @@ class Method:
         return {
             axis: choice.to_dict()
             for axis, choice in sorted(self.choices.items())
-            if not choice.value.default or choice.params != choice.value.params()
+            if not choice.is_default
         }
 
 
@@ -253,7 +267,20 @@ def resolve(
             default = next((v for v in REGISTRY.values(axis) if v.default), None)
             if default is not None:
                 chosen[axis] = Choice(default, default.params())
-    return Method(label, chosen)
+    method = Method(label, chosen)
+    refuse_unread(method)
+    return method
+
+
+def refuse_unread(method: Method) -> None:
+    """Raise a MethodError if the method chooses on an axis that nothing in it reads."""
+    for axis, by in READ_BY.items():
+        choice, reader = method.choices.get(axis), method[by].value
+        if choice and not choice.is_default and axis not in reader.consumes:
+            raise MethodError(
+                f"{axis} '{choice.value.name}' would change nothing: {by} '{reader.name}' does not "
+                f"read the {axis} axis; leave it out or choose another {by}"
+            )
 
 
 def from_dict(canonical: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Method:

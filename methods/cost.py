@@ -19,9 +19,12 @@ class Cost(ABC):
     """The predicted cost of one model under one method; bytes and FLOPs of ONE sequence.
 
     A value of the granularity axis supplies a subclass: its cost module has `cost(config, method)`.
-    A value of the eviction axis has two functions in its cost module: `rows(params, tokens)`, the
-    rows that a layer keeps of a sequence of so many tokens, which is also what a decode step reads;
-    and `prompt_window(params)`, the window through which a prompt is read, or None.
+    A value of the eviction axis has two functions in its cost module:
+    `rows(config, method, layer, tokens)`, the rows that a KV layer keeps of a sequence of so many
+    tokens under the method's eviction and budget, which is also what a decode step reads; and
+    `prompt_window(config, method, layer)`, the window through which a prompt is read, or None. One
+    of the precision axis has `row_bytes(config, method, itemsize)`, the bytes of a row of one KV
+    layer, keys and values.
     """
 
     @abstractmethod

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvlab.methods.axis import Method
 from kvlab.methods.block_transformer.model import BlockTransformer, block_positions
-from kvlab.methods.cache.slots import open_cache
+from kvlab.methods.cache.opening import open_cache
 from kvlab.methods.model import Session
 from kvlab.methods.packing import PAD
 

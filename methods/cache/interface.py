@@ -26,13 +26,12 @@ class Step(NamedTuple):
 class Extra(NamedTuple):
     """Query rows a cache adds to a step (ADORE's rebuild): they run beside the caller's rows.
 
-    ids [B, R], positions [B, R] (EMPTY where a sample needs fewer), persist [B, R] bool: whether
-    the row's keys and values stay in the cache after the step.
+    ids [B, R], positions [B, R] (EMPTY where a sample needs fewer). Whether their keys and values
+    stay is the cache's own affair, as with every row.
     """
 
     ids: Tensor
     positions: Tensor
-    persist: Tensor
 
 
 class Keys(NamedTuple):
@@ -54,18 +53,18 @@ class Cache(ABC):
     """A decoder's past. One instance serves one batch of sequences from prefill to the last token.
 
     The decoder calls, in this order for every forward pass: `plan` once; for each layer `write` (KV
-    layers only), `read`, `observe`; then `finish` once. The cache owns its storages and decides
-    what stays; the decoder owns the maths. A cache never changes what `read` returned before
-    `finish`. Not thread safe.
+    layers only), `read`, `observe`; then `finish` once. A KV layer has the number of the decoder
+    layer that writes it; later decoder layers may read it too, so its rows of this pass stay until
+    the last of them has (`Opening.kv_of`). The cache owns its storages and decides what stays; the
+    decoder owns the maths. A cache never changes what `read` returned before `finish`. Not thread
+    safe.
 
     Attributes:
         rotates: true when keys are kept un-rotated: the decoder then rotates what `read` returned
             by `rotary_positions` instead of rotating before `write` (positions inside the cache).
-        wants_key_mass: true when `observe` needs each key's attention mass.
     """
 
     rotates: bool = False
-    wants_key_mass: bool = False
 
     def plan(self, step: Step) -> Extra | None:
         """Return query rows to run beside the caller's, or None."""
@@ -87,13 +86,28 @@ class Cache(ABC):
         return own
 
     def rotary_positions(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions to rotate (queries [B, T], keys [B, S]) by; only when `rotates`."""
+        """Positions to rotate (queries [B, T], keys [B, S]) by; only when `rotates`.
+
+        `positions` [B or 1, T] are those of the queries, packed rows numbered from 0.
+        """
         raise NotImplementedError
+
+    def key_mass_rows(self, layer: int) -> slice | None:
+        """The query rows of this pass whose attention `observe` of a decoder layer wants to see.
+
+        Asked after `read`. `slice(None)`: all (H2O); `slice(-w, None)`: the last w (SnapKV; with
+        left padding they are the newest of every sample); None: none, so that nothing is computed.
+        """
+        return None
 
     def observe(  # noqa: B027
         self, layer: int, before: Tensor, after: Tensor, key_mass: Tensor | None
     ) -> None:
-        """See the residual stream [B, T, W] around a layer's attention; its key mass [B, H, S]."""
+        """See the residual stream [B, T, W] around a decoder layer's attention, and its key mass.
+
+        key_mass [B, H, S] float32: the attention that each key `read` returned got from the queries
+        of `key_mass_rows`, summed over them; None where it asked for none.
+        """
 
     def finish(self) -> None:  # noqa: B027
         """End the pass: keep, evict, free."""

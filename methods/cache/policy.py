@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Sequence
 
 from kvlab.kernels.attention import Rule
+from kvlab.methods.cache.interface import Cache
+from kvlab.methods.cache.opening import Eviction, Opening
 
 
-class Policy(ABC):
+class Policy(Eviction):
     """Decides which rows each layer of a `SlotCache` keeps.
 
     An eviction value names it as its implementation; it is made as `cls(params)`, one instance per
@@ -17,11 +19,18 @@ class Policy(ABC):
     decode step needs no word from the device.
 
     A policy whose choice depends on content (attention mass, a learned score), differs between
-    samples or KV heads, or adds query rows, is a `Cache` of its own behind the same seam.
+    samples or KV heads, or adds query rows, is an `Eviction` that opens a `Cache` of its own.
     """
 
-    def __init__(self, params: Any) -> None:
-        self.params = params
+    def open(self, opening: Opening) -> Cache:
+        from kvlab.methods.cache.slots import SlotCache
+
+        return SlotCache(self, opening)
+
+    def scoring(self, kv_of: Sequence[int] = ()) -> Cache | None:
+        from kvlab.methods.cache.ephemeral import EphemeralCache
+
+        return EphemeralCache(self, kv_of)
 
     @abstractmethod
     def capacity(self, layer: int, rows: int) -> int:

@@ -7,11 +7,10 @@ from torch import Tensor
 
 from kvlab import KvlabError
 from kvlab.kernels.attention import EMPTY, Rule
-from kvlab.methods.axis import Method, resolve
-from kvlab.methods.cache.ephemeral import EphemeralCache
 from kvlab.methods.cache.interface import Cache, Extra, Keys, Step
+from kvlab.methods.cache.opening import Opening, last_reads
 from kvlab.methods.cache.policy import Policy
-from kvlab.methods.decoder.config import DecoderConfig
+from kvlab.methods.cache.storage import Storage
 
 
 class _Table:
@@ -20,6 +19,9 @@ class _Table:
     Attributes:
         held: slots in use before the pass; `readable`: positions its queries may meet, as `read`
             returns them.
+        exact: whether every query may read every held row; false where layers with other windows
+            share a KV layer.
+        direct: whether the pass writes its rows where they stay, before they are read.
         rows, slots: the rows of the pass that stay after it, and where they go.
     """
 
@@ -27,6 +29,8 @@ class _Table:
         self.capacity = capacity
         self.positions = torch.full((batch, capacity), EMPTY, device=device)
         self.held = 0
+        self.exact = True
+        self.direct = False
         self.readable: Tensor | None = None
         self.rows: slice | Tensor = slice(0)
         self.slots: slice | Tensor = slice(0)
@@ -38,58 +42,52 @@ class _Table:
         device = self.positions.device
         self.slots = _index([slot for slot, _ in ordered], device)
         self.rows = _index([row for _, row in ordered], device)
+        # One row drops only what its query may not read; several may drop what the first may read.
+        self.direct = seen > 0 and (arriving == 1 or seen + arriving <= self.capacity)
+        self.held = min(seen + arriving if self.direct else seen, self.capacity)
 
     def store(self, positions: Tensor) -> None:
         self.positions[:, self.slots] = positions[:, self.rows]
 
 
 class _Layer:
-    """Keys and values [B, H_kv, C, D], and the rows of this pass that are not in them yet."""
+    """A KV layer's storage, and the rows of this pass that are not in it yet."""
 
-    def __init__(self, k: Tensor, v: Tensor, table: _Table) -> None:
-        self.k, self.v, self.table = k, v, table
+    def __init__(self, storage: Storage, table: _Table) -> None:
+        self.storage, self.table = storage, table
         self.fresh: tuple[Tensor, Tensor] | None = None
 
 
 class SlotCache(Cache):
     """The cache of every policy that decides by a row's number: full attention, windows, sinks.
 
-    A pass of several rows (a prompt, or more of it) reads past rows and its own, and each layer
-    stores what stays as soon as it has read. A pass of one row overwrites its slot first and reads
-    the storage where it lies: a decode step copies no past row.
+    A prompt's rows are read as they come, and each KV layer stores what stays when its last reader
+    has read. Later rows are written into their slots first and read where they lie, so a decode
+    step copies no past row; where several rows would push out rows they may still read, the past is
+    joined with them instead.
 
     Args:
-        config: of the decoder whose past it holds.
         policy: what stays.
-        batch: sequences, left-padded to one length.
-        rows: the longest a sequence gets, padding included.
+        opening: how large, where, and which layers read which.
     """
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        policy: Policy,
-        *,
-        batch: int,
-        rows: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, policy: Policy, opening: Opening) -> None:
         self._policy = policy
-        self._limit = rows
+        self._limit = opening.rows
         self._seen = 0
         self._arriving = 0
         self._padded = False
         self._positions: Tensor | None = None
         self._tables: dict[int, _Table] = {}
-        self._layers: list[_Layer] = []
-        for layer, window in enumerate(config.windows or (None,) * config.layers):
-            capacity = min(policy.capacity(layer, rows), window or rows, rows)
+        self._layers: dict[int, _Layer] = {}
+        self._ends = last_reads(opening.kv_of or range(opening.config.layers))
+        for kv, readers in opening.readers().items():
+            capacity = min(policy.capacity(kv, opening.rows), opening.window(readers))
             if capacity not in self._tables:
-                self._tables[capacity] = _Table(batch, capacity, device)
-            shape = (batch, config.kv_heads, capacity, config.head_dim)
-            k, v = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
-            self._layers.append(_Layer(k, v, self._tables[capacity]))
+                self._tables[capacity] = _Table(opening.batch, capacity, opening.device)
+            table = self._tables[capacity]
+            table.exact &= all(opening.window([reader]) >= capacity for reader in readers)
+            self._layers[kv] = _Layer(opening.storage(capacity), table)
 
     def rule(self, layer: int, own: Rule) -> Rule:
         return self._policy.rule(layer, own)
@@ -101,17 +99,17 @@ class SlotCache(Cache):
                 f"{self._seen + step.rows}: start the session with more new_tokens"
             )
         self._arriving, self._positions = step.rows, step.positions
-        if not self._seen:
-            self._padded = step.positions is not None
+        if step.positions is not None and (step.rows > 1 or not self._seen):
+            self._padded = True  # as far as anyone can tell without asking the device
+            self._refuse_gaps(step.positions)
         for table in self._tables.values():
             table.place(self._policy, self._seen, step.rows)
-            table.held = min(self._seen, table.capacity)
             if not self._seen:
                 table.readable = step.positions
-            elif self._one:
+            elif table.direct:
                 table.store(self._known())
-                held = min(self._seen + 1, table.capacity)
-                table.readable = table.positions[:, :held] if self._padded else None
+                masked = self._padded or step.rows > 1 or not table.exact
+                table.readable = table.positions[:, : table.held] if masked else None
             else:
                 past = table.positions[:, : table.held]
                 table.readable = torch.cat((past, self._known()), dim=1)
@@ -119,9 +117,8 @@ class SlotCache(Cache):
 
     def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor | None) -> None:
         store = self._layers[layer]
-        if self._one:
-            store.k[:, :, store.table.slots] = k
-            store.v[:, :, store.table.slots] = v
+        if store.table.direct:
+            store.storage.put(store.table.slots, k, v)
         else:
             store.fresh = k, v
 
@@ -129,38 +126,34 @@ class SlotCache(Cache):
         store = self._layers[layer]
         table = store.table
         if store.fresh is None:
-            held = min(self._seen + 1, table.capacity)
-            return Keys(store.k[:, :, :held], store.v[:, :, :held], table.readable)
+            return Keys(*store.storage.get(table.held), table.readable)
         k, v = store.fresh
         if table.held:
-            k = torch.cat((store.k[:, :, : table.held], k), dim=2)
-            v = torch.cat((store.v[:, :, : table.held], v), dim=2)
+            past_k, past_v = store.storage.get(table.held)
+            k, v = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
         return Keys(k, v, table.readable)
 
     def observe(self, layer: int, before: Tensor, after: Tensor, key_mass: Tensor | None) -> None:
-        """Store the rows that stay, and let go of the others: this layer has read them."""
-        store = self._layers[layer]
+        """Store the rows that stay, and let go of the others: nobody reads them any more."""
+        ended = self._ends.get(layer)
+        if ended is None:
+            return
+        store = self._layers[ended]
         if store.fresh is not None:
-            k, v = store.fresh
-            store.k[:, :, store.table.slots] = k[:, :, store.table.rows]
-            store.v[:, :, store.table.slots] = v[:, :, store.table.rows]
+            (k, v), rows = store.fresh, store.table.rows
+            store.storage.put(store.table.slots, k[:, :, rows], v[:, :, rows])
             store.fresh = None
 
     def finish(self) -> None:
-        if not self._one:
-            for table in self._tables.values():
+        for table in self._tables.values():
+            if not table.direct:
                 table.store(self._known())
         self._seen += self._arriving
 
     def nbytes(self) -> int:
-        storages = [t for layer in self._layers for t in (layer.k, layer.v)]
-        storages += [table.positions for table in self._tables.values()]
-        return sum(t.untyped_storage().nbytes() for t in storages)
-
-    @property
-    def _one(self) -> bool:
-        """Whether the pass adds one row to a past."""
-        return self._seen > 0 and self._arriving == 1
+        rows = sum(layer.storage.nbytes() for layer in self._layers.values())
+        tables = (table.positions.untyped_storage() for table in self._tables.values())
+        return rows + sum(table.nbytes() for table in tables)
 
     def _known(self) -> Tensor:
         """The positions [B or 1, T] of the pass's rows."""
@@ -171,38 +164,21 @@ class SlotCache(Cache):
         device = next(iter(self._tables.values())).positions.device
         return torch.arange(self._arriving, device=device).unsqueeze(0)
 
+    def _refuse_gaps(self, positions: Tensor) -> None:
+        """Refuse padding behind a sample's first row where slots are few: it would push rows out.
 
-def open_cache(
-    config: DecoderConfig,
-    apply: Method | None,
-    *,
-    batch: int,
-    tokens: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Cache:
-    """Return the cache that the run-time axes of a method ask for.
-
-    Args:
-        config: of the decoder whose past it will hold.
-        apply: its eviction counts; None is the full cache.
-        batch: sequences, left-padded to one length.
-        tokens: positions of a sequence at most, padding included (blocks for a block decoder).
-        device, dtype: of the storages.
-    """
-    choice = (apply or resolve({}))["eviction"]
-    policy: Policy = choice.value.load()(choice.params)
-    return SlotCache(config, policy, batch=batch, rows=tokens, device=device, dtype=dtype)
-
-
-def scoring_cache(apply: Method) -> Cache | None:
-    """Return the cache under which one pass scores what the run-time axes would have kept.
-
-    None where only a token-by-token pass can tell: a choice that depends on content.
-    """
-    choice = apply["eviction"]
-    kind = choice.value.load()
-    return EphemeralCache(kind(choice.params)) if issubclass(kind, Policy) else None
+        Asks the device, so only where a later pass of several rows meets such slots.
+        """
+        table = self._tables[min(self._tables)]
+        if not self._seen or table.capacity == self._limit:
+            return
+        began = (table.positions != EMPTY).any(1, keepdim=True)
+        real = torch.cat((began, positions != EMPTY), dim=1)
+        if bool((real.cumsum(1)[:, :-1].bool() & ~real[:, 1:]).any()):
+            raise KvlabError(
+                "padding between the turns of a conversation would push out rows that count: with "
+                "sliding windows give turns of one length, or one sequence at a time"
+            )
 
 
 def _index(numbers: list[int], device: torch.device) -> slice | Tensor:

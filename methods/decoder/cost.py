@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 
-from kvlab.methods.axis import Method
+from kvlab.methods.axis import Choice, Method, refuse_unread
 from kvlab.methods.cost import Cost
 from kvlab.methods.decoder.config import DecoderConfig
 
@@ -19,19 +20,27 @@ class DecoderCost(Cost):
     """
 
     def __init__(self, config: DecoderConfig, method: Method, *, tables: bool = True) -> None:
-        self.config = config
-        self.tables = tables
-        self._eviction = method["eviction"]
-        name = self._eviction.value.cost
-        if name is None:
-            raise ValueError(f"method '{self._eviction.value.name}' has no cost module")
-        self._policy = importlib.import_module(name)
+        refuse_unread(method)
+        self.config, self.method, self.tables = config, method, tables
+        self._eviction = _module(method["eviction"])
+        precision = method.choices.get("precision")
+        self._precision = None if precision is None else _module(precision)
         self._windows = config.windows or (None,) * config.layers
 
     def rows(self, tokens: int) -> list[int]:
         """Rows that each layer keeps of a sequence of so many tokens, and a query reads."""
-        kept: int = self._policy.rows(self._eviction.params, tokens)
-        return [min(kept, window or kept) for window in self._windows]
+        kept = [
+            self._eviction.rows(self.config, self.method, layer, tokens)
+            for layer in range(self.config.layers)
+        ]
+        return [min(n, window or n) for n, window in zip(kept, self._windows, strict=True)]
+
+    def row_bytes(self, itemsize: int) -> float:
+        """Bytes of one row of one KV layer, keys and values, at the method's precision."""
+        if self._precision is None:
+            return 2 * self.config.kv_heads * self.config.head_dim * itemsize
+        found: float = self._precision.row_bytes(self.config, self.method, itemsize)
+        return found
 
     def linear_parameters(self) -> int:
         """Weights of the layers' linear maps: each is 2 FLOPs per row."""
@@ -70,8 +79,10 @@ class DecoderCost(Cost):
         return 3.0 * (body + self.head_flops())
 
     def prefill_flops(self, prompt: int) -> float:
-        policy = self._policy.prompt_window(self._eviction.params)
-        windows = [min((w for w in (policy, own) if w), default=None) for own in self._windows]
+        windows = []
+        for layer, own in enumerate(self._windows):
+            window = self._eviction.prompt_window(self.config, self.method, layer)
+            windows.append(min((w for w in (window, own) if w), default=None))
         pairs = sum(causal_pairs(prompt, window) for window in windows)
         return self.linear_flops(prompt) + self.attention_flops(pairs) + self.head_flops()
 
@@ -80,7 +91,7 @@ class DecoderCost(Cost):
         return self.linear_flops() + attention + self.head_flops()
 
     def kv_bytes(self, tokens: int, itemsize: int) -> int:
-        return 2 * self.config.kv_heads * self.config.head_dim * itemsize * sum(self.rows(tokens))
+        return round(self.row_bytes(itemsize) * sum(self.rows(tokens)))
 
     def kv_bytes_read_per_token(self, context: int, itemsize: int) -> float:
         return float(self.kv_bytes(context, itemsize))
@@ -92,6 +103,13 @@ class DecoderCost(Cost):
 def cost(config: DecoderConfig, method: Method) -> Cost:
     """Return the cost of an ordinary decoder over tokens."""
     return DecoderCost(config, method)
+
+
+def _module(choice: Choice) -> ModuleType:
+    """The cost module of an axis value."""
+    if choice.value.cost is None:
+        raise ValueError(f"method '{choice.value.name}' has no cost module")
+    return importlib.import_module(choice.value.cost)
 
 
 def causal_pairs(tokens: int, window: int | None) -> int:

@@ -12,7 +12,7 @@ from kvlab import KvlabError
 from kvlab.kernels.attention import EMPTY
 from kvlab.methods.axis import Method
 from kvlab.methods.cache.interface import Cache
-from kvlab.methods.cache.slots import open_cache
+from kvlab.methods.cache.opening import open_cache
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.model import Decoder
 from kvlab.methods.model import LanguageModel, Score, Session

@@ -23,10 +23,10 @@ class Pass:
         """Args: positions: [B, T] or None (packed). like: the residual stream [B, T, W]."""
         self.positions, self.frequencies, self.cache = positions, frequencies, cache
         if positions is None:
-            self._places = torch.arange(like.shape[1], device=like.device).unsqueeze(0)
+            self.places = torch.arange(like.shape[1], device=like.device).unsqueeze(0)
         else:
-            self._places = positions
-        self.rotation = Rotation(frequencies, self._places, working_dtype(like))
+            self.places = positions
+        self.rotation = Rotation(frequencies, self.places, working_dtype(like))
         self._masks: dict[tuple[int, Rule], tuple[Tensor, Tensor]] = {}
 
     def mask(self, rule: Rule, k_positions: Tensor | None) -> Tensor | None:
@@ -35,14 +35,15 @@ class Pass:
         None where there is nothing to mask, or nothing but the future of packed rows.
         """
         keys = k_positions
-        if self.positions is None and not rule.is_causal(self._places.shape[1]):
-            keys = self._places
+        packed = keys is None and self.positions is None
+        if packed and not rule.is_causal(self.places.shape[1]):
+            keys = self.places
         if keys is None:
             return None
         known = self._masks.get((id(keys), rule))
         if known is None:
             # The positions are kept beside the mask so that their id stays theirs.
-            known = self._masks[id(keys), rule] = keys, rule.allows(self._places, keys)
+            known = self._masks[id(keys), rule] = keys, rule.allows(self.places, keys)
         return known[1]
 
 
@@ -73,14 +74,13 @@ class Attention(nn.Module):
         cache.write(layer, k, v, step.positions)
         k, v, k_positions = cache.read(layer)
         if cache.rotates:
-            assert step.positions is not None
-            for_queries, for_keys = cache.rotary_positions(layer, step.positions)
+            for_queries, for_keys = cache.rotary_positions(layer, step.places)
             q = Rotation(step.frequencies, for_queries, q.dtype)(q)
             k = Rotation(step.frequencies, for_keys, k.dtype)(k)
         rule = cache.rule(layer, self.rule)
         out, key_mass = attend(
             q, k, v, step.positions, k_positions, rule,
-            want_key_mass=cache.wants_key_mass, mask=step.mask(rule, k_positions),
+            mass_rows=cache.key_mass_rows(layer), mask=step.mask(rule, k_positions),
         )  # fmt: skip
         return self.out(out.transpose(1, 2).flatten(2)), key_mass
 

@@ -72,10 +72,9 @@ class Decoder(nn.Module):
         cache = EphemeralCache() if cache is None else cache
         rows = hidden.shape[1]
         extra = cache.plan(Step(rows, ids, positions))
-        if positions is None and (extra is not None or cache.rotates):
-            positions = torch.arange(rows, device=hidden.device).expand(len(hidden), rows)
         if extra is not None:
-            assert positions is not None
+            if positions is None:
+                positions = torch.arange(rows, device=hidden.device).expand(len(hidden), rows)
             hidden = torch.cat((hidden, self.embed(extra.ids)), dim=1)
             positions = torch.cat((positions, extra.positions), dim=1)
         step = self._pass(hidden, positions, cache)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvlab.kernels.attention import EMPTY, Rule, attend
+from kvlab.kernels.attention import EMPTY, Rule, _attend_folded, attend
 
 RULES = [Rule(), Rule(strict=True), Rule(window=3), Rule(window=3, sinks=2)]
 
@@ -66,7 +66,7 @@ def test_rows_in_any_order(
     assert none is None
     torch.testing.assert_close(out, expected)
     assert (out[1, :, 0] == 0).all()
-    weighed, key_mass = attend(q, k, v, p, j, rule, want_key_mass=True)
+    weighed, key_mass = attend(q, k, v, p, j, rule, mass_rows=slice(None))
     torch.testing.assert_close(weighed, expected, rtol=1e-5, atol=1e-6)
     assert key_mass is not None
     assert key_mass.dtype == torch.float32
@@ -82,12 +82,12 @@ def test_rows_in_any_order(
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-@pytest.mark.parametrize("want_key_mass", [False, True])
-def test_packed_rows_need_no_positions(rule: Rule, want_key_mass: bool) -> None:
+@pytest.mark.parametrize("mass_rows", [None, slice(None)], ids=str)
+def test_packed_rows_need_no_positions(rule: Rule, mass_rows: slice | None) -> None:
     q, k, v = operands(4, 2, 6, 6)
     places = torch.arange(6).expand(2, 6)
     expected, mass = written_out(q, k, v, places, places, rule)
-    out, key_mass = attend(q, k, v, None, None, rule, want_key_mass)
+    out, key_mass = attend(q, k, v, None, None, rule, mass_rows)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     if key_mass is not None:
         torch.testing.assert_close(key_mass.double(), mass, rtol=1e-5, atol=1e-6)
@@ -116,11 +116,47 @@ def test_a_given_mask_is_the_one_used() -> None:
     )
 
 
+@pytest.mark.parametrize("rows", [slice(-2, None), slice(1, 3), slice(-1, None)], ids=str)
+@pytest.mark.parametrize("given", [False, True])
+def test_mass_of_some_queries(rows: slice, given: bool) -> None:
+    q, k, v = operands(4, 2, 6, 6)
+    places = torch.arange(6).expand(2, 6) if given else None
+    out, mass = attend(q, k, v, places, places, mass_rows=rows)
+    torch.testing.assert_close(out, attend(q, k, v, places, places)[0])
+    each = [attend(q, k, v, None, None, mass_rows=slice(t, t + 1))[1] for t in range(6)[rows]]
+    torch.testing.assert_close(mass, sum(each))
+    everywhere = torch.arange(6).expand(2, 6)
+    only = written_out(q[:, :, rows], k, v, everywhere[:, rows], everywhere, Rule())[1]
+    assert mass is not None
+    torch.testing.assert_close(mass.double(), only, rtol=1e-5, atol=1e-6)
+
+
+def test_packed_queries_over_keys_in_any_order() -> None:
+    q, k, v = operands(4, 2, 6, 6)
+    order = torch.randperm(6)
+    expected = attend(q, k, v, None, None)[0]
+    for mass_rows in (None, slice(None), slice(-2, None)):
+        found = attend(q, k[:, :, order], v[:, :, order], None, order[None], mass_rows=mass_rows)[0]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_folded_groups_agree(rows: int, per_head: bool) -> None:
+    """The way of CUDA, whose masks and groups do not go together."""
+    q, k, v = operands(4, 2, rows, 7)
+    p, j = torch.randint(4, 7, (2, rows)), scattered(7, 2 if per_head else None)
+    mask = Rule(window=3).allows(p, j)
+    torch.testing.assert_close(
+        _attend_folded(q, k, v, mask), attend(q, k, v, p, j, Rule(window=3))[0]
+    )
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_low_precision_stays_close(rows: int) -> None:
     q, k, v = (t.detach() for t in operands(4, 2, rows, 7))
     p, j = torch.full((2, rows), 6), torch.arange(7).expand(2, 7)
-    out, mass = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), p, j, want_key_mass=True)
+    out, mass = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), p, j, mass_rows=slice(None))
     assert out.dtype == torch.bfloat16
     assert mass is not None
     assert mass.dtype == torch.float32

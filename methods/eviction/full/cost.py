@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from kvlab.methods.eviction.full.params import FullParams
+from kvlab.methods.axis import Method
+from kvlab.methods.decoder.config import DecoderConfig
 
 
-def rows(params: FullParams, tokens: int) -> int:
+def rows(config: DecoderConfig, method: Method, layer: int, tokens: int) -> int:
     """All of them."""
     return tokens
 
 
-def prompt_window(params: FullParams) -> int | None:
+def prompt_window(config: DecoderConfig, method: Method, layer: int) -> int | None:
     """A prompt is read in full."""
     return None

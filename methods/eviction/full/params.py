@@ -20,5 +20,6 @@ ENTRY = Value(
     implementation="kvlab.methods.eviction.full.policy:FullPolicy",
     cost="kvlab.methods.eviction.full.cost",
     default=True,
+    consumes=("precision",),
     sources=("kvlab.methods.eviction.full",),
 )

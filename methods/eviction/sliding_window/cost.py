@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from kvlab.methods.eviction.sliding_window.params import SlidingWindowParams
+from kvlab.methods.axis import Method
+from kvlab.methods.decoder.config import DecoderConfig
 
 
-def rows(params: SlidingWindowParams, tokens: int) -> int:
+def rows(config: DecoderConfig, method: Method, layer: int, tokens: int) -> int:
     """The newest `window` of them."""
-    return min(params.window, tokens)
+    return min(_window(method), tokens)
 
 
-def prompt_window(params: SlidingWindowParams) -> int | None:
+def prompt_window(config: DecoderConfig, method: Method, layer: int) -> int | None:
     """A prompt is read through the same window."""
-    return params.window
+    return _window(method)
+
+
+def _window(method: Method) -> int:
+    window: int = method["eviction"].params.window
+    return window

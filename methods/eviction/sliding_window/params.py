@@ -22,5 +22,6 @@ ENTRY = Value(
     params=SlidingWindowParams,
     implementation="kvlab.methods.eviction.sliding_window.policy:SlidingWindowPolicy",
     cost="kvlab.methods.eviction.sliding_window.cost",
+    consumes=("precision",),
     sources=("kvlab.methods.eviction.sliding_window",),
 )

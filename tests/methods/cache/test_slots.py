@@ -11,8 +11,10 @@ from torch import Tensor
 from kvlab import KvlabError
 from kvlab.kernels.attention import Rule
 from kvlab.methods.axis import Method, resolve
+from kvlab.methods.cache.opening import Opening, open_cache
 from kvlab.methods.cache.policy import Policy
-from kvlab.methods.cache.slots import SlotCache, open_cache
+from kvlab.methods.cache.slots import SlotCache
+from kvlab.methods.cache.storage import PlainStorage
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.language_model import TokenModel, positions_of
 from kvlab.methods.decoder.model import Decoder
@@ -27,6 +29,16 @@ def opened(config: DecoderConfig, method: Method, rows: int, batch: int = 2) -> 
     )
     assert isinstance(cache, SlotCache)
     return cache
+
+
+def opening(config: DecoderConfig, batch: int, rows: int) -> Opening:
+    return Opening(config, FULL, batch, rows, torch.device("cpu"), torch.float32)
+
+
+def keys_of(cache: SlotCache) -> list[int]:
+    """Where each layer's keys lie."""
+    storages = [layer.storage for layer in cache._layers.values()]
+    return [s.k.data_ptr() for s in storages if isinstance(s, PlainStorage)]
 
 
 def over(
@@ -51,14 +63,7 @@ def under(decoder: Decoder, ids: Tensor, window: int | None) -> Tensor:
             found = [w for w in (own.window, window) if w is not None]
             return Rule(window=min(found, default=None))
 
-    full = Windowed(
-        decoder.config,
-        FULL["eviction"].value.load()(None),
-        batch=len(ids),
-        rows=ids.shape[1],
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-    )
+    full = Windowed(FULL["eviction"].value.load()(None), opening(decoder.config, *ids.shape))
     return decoder.head(decoder.body(decoder.embed(ids), None, full, ids))
 
 
@@ -106,13 +111,12 @@ def test_a_decode_step_moves_no_storage(
         cache = opened(model.config, method, 12)
         with torch.inference_mode():
             over(cache, model.decoder, ids(2, 8), (8,), True)
-            read = [cache.read(layer).k.data_ptr() for layer in range(model.config.layers)]
-            storages = [layer.k.data_ptr() for layer in cache._layers]
-            assert read == storages
+            storages = keys_of(cache)
             before = cache.nbytes()
             here = torch.full((2, 1), 8)
             model.decoder.body(model.decoder.embed(ids(2, 1)), here, cache)
-            assert [layer.k.data_ptr() for layer in cache._layers] == storages
+            read = [cache.read(layer).k.data_ptr() for layer in range(model.config.layers)]
+            assert keys_of(cache) == read == storages
             assert cache.nbytes() == before
 
 
@@ -167,7 +171,7 @@ def test_a_policy_may_place_rows_as_it_likes(
     tiny: Callable[..., TokenModel], ids: Callable[..., Tensor], chunks: tuple[int, ...]
 ) -> None:
     decoder, text = tiny("llama").decoder, ids(2, 13)
-    options = {"batch": 2, "rows": 13, "device": torch.device("cpu"), "dtype": torch.float32}
+    for_text = opening(decoder.config, 2, 13)
 
     class All(Sinks):
         def capacity(self, layer: int, rows: int) -> int:
@@ -177,9 +181,9 @@ def test_a_policy_may_place_rows_as_it_likes(
             return row
 
     with torch.inference_mode():
-        kept = SlotCache(decoder.config, Sinks(None), **options)
+        kept = SlotCache(Sinks(None), for_text)
         seen = over(kept, decoder, text, chunks, True)
-        whole = SlotCache(decoder.config, All(None), **options)
+        whole = SlotCache(All(None), for_text)
         torch.testing.assert_close(
             seen, over(whole, decoder, text, (13,), True), rtol=1e-4, atol=1e-4
         )
@@ -191,3 +195,78 @@ def test_positions_count_each_samples_own_rows() -> None:
     assert positions is not None
     assert positions.tolist() == [[-1, -1, 0, 1], [0, 1, 2, 3]]
     assert positions_of(None) is None
+
+
+@pytest.mark.parametrize("method", [FULL, WINDOW], ids=["full", "window"])
+@pytest.mark.parametrize("first", [2, 4])
+def test_a_left_padded_prompt_may_come_in_parts(
+    tiny: Callable[..., TokenModel], ids: Callable[..., Tensor], method: Method, first: int
+) -> None:
+    decoder, text = tiny("llama").decoder, ids(2, 9)
+    valid = torch.ones(2, 9, dtype=torch.bool)
+    valid[1, :3] = False
+    positions = positions_of(valid)
+    assert positions is not None
+    chunks = (first, 9 - first)
+    cache = opened(decoder.config, method, 9)
+    with torch.inference_mode():
+        for some, where in zip(text.split(chunks, 1), positions.split(chunks, 1), strict=True):
+            found = decoder.body(decoder.embed(some), where, cache, some)[:, -1]
+        whole = opened(decoder.config, method, 9)
+        expected = decoder.body(decoder.embed(text), positions, whole, text)[:, -1]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def turns(decoder: Decoder, cache: SlotCache, text: Tensor, wanted: list[Tensor]) -> Tensor:
+    """Hidden states of a text [1, T] whose turns and padding have the positions `wanted`."""
+    found, place = [], 0
+    for where in wanted:
+        real = where[0] >= 0
+        some = torch.full_like(where, 7)
+        some[:, real] = text[:, place : place + int(real.sum())]
+        place += int(real.sum())
+        found.append(decoder.body(decoder.embed(some), where, cache, some)[:, real])
+    return torch.cat(found, 1)
+
+
+TURNS = [
+    torch.tensor([[0, 1, 2, 3]]), torch.tensor([[4]]), torch.tensor([[-1, -1, 5, 6]]),
+    torch.tensor([[7]]), torch.tensor([[-1, 8]]), torch.tensor([[9]]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_turns_of_unequal_length(
+    tiny: Callable[..., TokenModel], ids: Callable[..., Tensor], bare: bool
+) -> None:
+    """Padding between turns is read by nobody, though the first prompt had none."""
+    decoder, text = tiny("llama").decoder, ids(1, 10)
+    with torch.inference_mode():
+        expected = decoder.body(decoder.embed(text))
+        cache = opened(decoder.config, FULL, 16, batch=1)
+        first = decoder.body(
+            decoder.embed(text[:, :4]), None if bare else TURNS[0], cache, text[:, :4]
+        )
+        rest = turns(decoder, cache, text[:, 4:], TURNS[1:])
+    torch.testing.assert_close(torch.cat((first, rest), 1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_turns_of_unequal_length_over_a_ring(
+    tiny: Callable[..., TokenModel], ids: Callable[..., Tensor]
+) -> None:
+    """A ring goes by the numbers of rows, so padding inside it would push out rows that count."""
+    decoder, text = tiny("llama").decoder, ids(1, 10)
+    cache = opened(decoder.config, WINDOW, 16, batch=1)
+    with pytest.raises(KvlabError, match="padding between the turns"):
+        turns(decoder, cache, text, TURNS)
+
+
+def test_a_later_part_is_written_where_it_stays(
+    tiny: Callable[..., TokenModel], ids: Callable[..., Tensor]
+) -> None:
+    """Reading more of a prompt copies no past row where nothing is pushed out."""
+    decoder, text = tiny("llama").decoder, ids(2, 9)
+    cache = opened(decoder.config, FULL, 9)
+    with torch.inference_mode():
+        over(cache, decoder, text, (4, 5), True)
+        assert [cache.read(layer).k.data_ptr() for layer in (0, 1)] == keys_of(cache)

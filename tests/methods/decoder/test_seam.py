@@ -19,6 +19,11 @@ from kvlab.methods.decoder.language_model import TokenModel
 from kvlab.methods.decoder.model import Decoder
 
 
+def packed(k: Tensor) -> Tensor:
+    """The positions [B, T] of a pass that leaves them out, for keys [B, H_kv, T, D]."""
+    return torch.arange(k.shape[2]).expand(len(k), k.shape[2])
+
+
 class Log(Cache):
     """Keeps every row, in the order of arrival; the caches below change one thing each."""
 
@@ -32,7 +37,8 @@ class Log(Cache):
 
     def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor | None) -> None:
         self.calls.append(f"write {layer}")
-        assert positions is not None
+        if positions is None:
+            positions = packed(k)
         known = self.rows.get(layer)
         if known is not None:
             assert known.positions is not None
@@ -103,15 +109,15 @@ class Rebuilding(Log):
         self.extra = 0
 
     def plan(self, step: Step) -> Extra | None:
-        assert step.positions is not None
-        batch = len(step.positions)
-        if int(step.positions.max()) <= self.dropped:
+        batch = len(self.ids)
+        newest = step.rows - 1 if step.positions is None else int(step.positions.max())
+        if newest <= self.dropped:
             self.extra = 0
             return None
         self.extra = 2  # the dropped token, and a row that no sample needs
         positions = torch.tensor([[self.dropped, EMPTY]]).expand(batch, 2)
         ids = torch.stack((self.ids[:, self.dropped], self.ids[:, 0]), 1)
-        return Extra(ids, positions, torch.zeros(batch, 2, dtype=torch.bool))
+        return Extra(ids, positions)
 
     def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor | None) -> None:
         assert positions is not None
@@ -133,25 +139,33 @@ class Rebuilding(Log):
         )
 
 
-def logits(decoder: Decoder, ids: Tensor, cache: Cache, chunks: tuple[int, ...]) -> Tensor:
-    """The logits of a text that is read in chunks over one cache."""
+def logits(
+    decoder: Decoder, ids: Tensor, cache: Cache, chunks: tuple[int, ...], bare: bool = False
+) -> Tensor:
+    """The logits of a text read in chunks over one cache; `bare`: the first has no positions."""
     positions = torch.arange(ids.shape[1]).expand(ids.shape)
+    pieces = zip(ids.split(chunks, 1), positions.split(chunks, 1), strict=True)
     hidden = [
-        decoder.body(decoder.embed(some), where, cache, some)
-        for some, where in zip(ids.split(chunks, 1), positions.split(chunks, 1), strict=True)
+        decoder.body(decoder.embed(some), None if bare and not i else where, cache, some)
+        for i, (some, where) in enumerate(pieces)
     ]
     return decoder.head(torch.cat(hidden, 1))
 
 
 @pytest.mark.parametrize("kind", [Log, Shuffled, PerHead, Unrotated])
 @pytest.mark.parametrize("chunks", [(11,), (6, 3, 1, 1)])
+@pytest.mark.parametrize("bare", [False, True], ids=["positions", "bare"])
 def test_nothing_changes(
-    model: TokenModel, ids: Callable[..., Tensor], kind: type[Log], chunks: tuple[int, ...]
+    model: TokenModel,
+    ids: Callable[..., Tensor],
+    kind: type[Log],
+    chunks: tuple[int, ...],
+    bare: bool,
 ) -> None:
     text = ids(2, 11)
     with torch.inference_mode():
         plain = model.decoder.head(model.decoder.body(model.decoder.embed(text)))
-        seen = logits(model.decoder, text, kind(), chunks)
+        seen = logits(model.decoder, text, kind(), chunks, bare)
     torch.testing.assert_close(seen, plain, rtol=1e-4, atol=1e-4)
 
 
@@ -166,39 +180,48 @@ def test_keys_kept_unrotated_of_a_packed_pass(
 
 
 @pytest.mark.parametrize("chunks", [(11,), (5, 1, 3, 1, 1)])
+@pytest.mark.parametrize("bare", [False, True], ids=["positions", "bare"])
 def test_rows_of_the_cache_run_beside_the_callers(
-    model: TokenModel, ids: Callable[..., Tensor], chunks: tuple[int, ...]
+    model: TokenModel, ids: Callable[..., Tensor], chunks: tuple[int, ...], bare: bool
 ) -> None:
     """Dropping token 0 and rebuilding it changes nothing: it never saw a past that is gone."""
     text = ids(2, 11)
     with torch.inference_mode():
         plain = model.decoder.head(model.decoder.body(model.decoder.embed(text)))
-        seen = logits(model.decoder, text, Rebuilding(0, text), chunks)
+        seen = logits(model.decoder, text, Rebuilding(0, text), chunks, bare)
     assert seen.shape == plain.shape
     torch.testing.assert_close(seen, plain, rtol=1e-4, atol=1e-4)
 
 
-def test_the_order_of_calls(tiny: Callable[..., TokenModel], ids: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize("bare", [False, True], ids=["positions", "bare"])
+def test_the_order_of_calls(
+    tiny: Callable[..., TokenModel], ids: Callable[..., Tensor], bare: bool
+) -> None:
     cache, text = Log(), ids(1, 3)
-    decoder = tiny("llama").decoder
-    decoder.body(decoder.embed(text), torch.arange(3).unsqueeze(0), cache, text)
+    logits(tiny("llama").decoder, text, cache, (3,), bare)
     per_layer = [f"{call} {layer}" for layer in (0, 1) for call in ("write", "read", "observe")]
     assert cache.calls == ["plan", *per_layer, "finish"]
 
 
+def by_head(k: Tensor, positions: Tensor | None) -> Tensor:
+    """Positions [B, H_kv, T]: every KV head keeps its own rows."""
+    positions = packed(k) if positions is None else positions
+    return positions.unsqueeze(1).expand(-1, k.shape[1], -1)
+
+
 class HeavyHitters(Log):
     """Per sample and KV head, keeps the newest row and those with the most attention mass."""
-
-    wants_key_mass = True
 
     def __init__(self, keep: int) -> None:
         super().__init__()
         self.keep = keep
         self.mass: dict[int, Tensor] = {}
 
+    def key_mass_rows(self, layer: int) -> slice | None:
+        return slice(None)
+
     def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor | None) -> None:
-        assert positions is not None
-        super().write(layer, k, v, positions.unsqueeze(1).expand(-1, k.shape[1], -1))
+        super().write(layer, k, v, by_head(k, positions))
 
     def observe(self, layer: int, before: Tensor, after: Tensor, key_mass: Tensor | None) -> None:
         assert key_mass is not None
@@ -244,12 +267,13 @@ def dropping_mask(decoder: Decoder, text: Tensor, keep: int) -> Tensor:
 class Masked(Log):
     """Keeps every row; those marked as gone have an empty position."""
 
-    wants_key_mass = True
-
     def __init__(self, gone: Tensor) -> None:
         super().__init__()
         self.gone = gone
         self.mass: dict[int, Tensor] = {}
+
+    def key_mass_rows(self, layer: int) -> slice | None:
+        return slice(None)
 
     def read(self, layer: int) -> Keys:
         k, v, positions = super().read(layer)
@@ -263,16 +287,90 @@ class Masked(Log):
 
 
 @pytest.mark.parametrize("family_name", ["llama", "neox"])
+@pytest.mark.parametrize("bare", [False, True], ids=["positions", "bare"])
 def test_evictions_that_follow_the_mass_of_each_head(
-    tiny: Callable[..., TokenModel], ids: Callable[..., Tensor], family_name: str
+    tiny: Callable[..., TokenModel], ids: Callable[..., Tensor], family_name: str, bare: bool
 ) -> None:
     decoder, text = tiny(family_name).decoder, ids(1, 12)
     with torch.inference_mode():
-        by_cache = logits(decoder, text, HeavyHitters(4), (1,) * 12)
+        by_cache = logits(decoder, text, HeavyHitters(4), (1,) * 12, bare)
         by_mask = dropping_mask(decoder, text, 4)
         plain = decoder.head(decoder.body(decoder.embed(text)))
     torch.testing.assert_close(by_cache, by_mask, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(by_cache, plain, atol=1e-2)
+
+
+class Snapshot(Log):
+    """SnapKV's shape: after the prompt, each KV head keeps the rows its last queries look at most.
+
+    Layer 0 keeps everything, and a decode step asks for no mass at all.
+    """
+
+    def __init__(self, window: int, keep: int) -> None:
+        super().__init__()
+        self.window, self.keep = window, keep
+        self.prompt = False
+        self.asked: list[int] = []
+
+    def plan(self, step: Step) -> Extra | None:
+        self.prompt = step.rows > 1
+        return None
+
+    def key_mass_rows(self, layer: int) -> slice | None:
+        return slice(-self.window, None) if self.prompt and layer else None
+
+    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor | None) -> None:
+        super().write(layer, k, v, by_head(k, positions))
+
+    def observe(self, layer: int, before: Tensor, after: Tensor, key_mass: Tensor | None) -> None:
+        assert (key_mass is not None) == (self.prompt and layer > 0)
+        if key_mass is None:
+            return
+        k, v, positions = self.rows[layer]
+        assert positions is not None
+        self.asked.append(layer)
+        old = k.shape[2] - self.window
+        mass = key_mass.unflatten(1, (k.shape[1], -1)).sum(2)[..., :old]
+        newest = torch.arange(old, k.shape[2]).expand(*mass.shape[:2], -1)
+        stay = torch.cat((mass.topk(self.keep).indices, newest), -1)
+        across = stay.unsqueeze(-1).expand(-1, -1, -1, k.shape[-1])
+        self.rows[layer] = Keys(k.gather(2, across), v.gather(2, across), positions.gather(2, stay))
+
+
+def snapshot_mask(decoder: Decoder, text: Tensor, prompt: int, window: int, keep: int) -> Tensor:
+    """The same by masks, the mass taken from one query at a time."""
+    config = decoder.config
+    gone = torch.zeros(config.layers, config.kv_heads, text.shape[1], dtype=torch.bool)
+    mass = torch.zeros(config.layers, config.kv_heads, prompt)
+    cache, outputs = Masked(gone), []
+    for t in range(text.shape[1]):
+        if t == prompt:
+            old = prompt - window
+            gone[1:, :, :old] = True
+            gone[1:].scatter_(2, mass[1:, :, :old].topk(keep).indices, False)
+        some = text[:, t : t + 1]
+        outputs.append(decoder.body(decoder.embed(some), torch.tensor([[t]]), cache, some))
+        if prompt - window <= t < prompt:
+            for layer in range(config.layers):
+                share = cache.mass[layer][0].unflatten(0, (config.kv_heads, -1)).sum(1)
+                mass[layer, :, : t + 1] += share
+    return decoder.head(torch.cat(outputs, 1))
+
+
+@pytest.mark.parametrize("family_name", ["llama", "qwen3", "neox"])
+@pytest.mark.parametrize("bare", [False, True], ids=["positions", "bare"])
+def test_evictions_that_follow_the_last_queries_of_a_prompt(
+    tiny: Callable[..., TokenModel], ids: Callable[..., Tensor], family_name: str, bare: bool
+) -> None:
+    decoder, text = tiny(family_name).decoder, ids(1, 14)
+    cache = Snapshot(window=3, keep=2)
+    with torch.inference_mode():
+        by_cache = logits(decoder, text, cache, (9, 1, 1, 1, 1, 1), bare)
+        by_mask = snapshot_mask(decoder, text, 9, 3, 2)
+        plain = decoder.head(decoder.body(decoder.embed(text)))
+    torch.testing.assert_close(by_cache, by_mask, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(by_cache[:, 9:], plain[:, 9:], atol=1e-2)
+    assert cache.asked == [1]
 
 
 class Tighter(Log):

@@ -1,0 +1,130 @@
+"""From the run-time axes of a method to a cache: the eviction value opens it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvlab.methods.axis import Method, refuse_unread, resolve
+from kvlab.methods.cache.interface import Cache
+from kvlab.methods.cache.storage import PlainStorage, Space, Storage
+from kvlab.methods.decoder.config import DecoderConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What a cache is opened for.
+
+    Attributes:
+        config: of the decoder whose past it holds.
+        method: its run-time axes count: eviction, and what that consumes of budget and precision.
+        batch: sequences, left-padded to one length.
+        rows: the longest a sequence gets, padding included (blocks for a block decoder).
+        device, dtype: of the keys and values.
+        kv_of: the KV layer that each decoder layer reads; empty: its own.
+    """
+
+    config: DecoderConfig
+    method: Method
+    batch: int
+    rows: int
+    device: torch.device
+    dtype: torch.dtype
+    kv_of: tuple[int, ...] = ()
+
+    def readers(self) -> dict[int, list[int]]:
+        """KV layer -> the decoder layers that read it, in order."""
+        found: dict[int, list[int]] = {}
+        for layer, kv in enumerate(self.kv_of or range(self.config.layers)):
+            found.setdefault(kv, []).append(layer)
+        return found
+
+    def window(self, readers: Sequence[int]) -> int:
+        """Rows that these decoder layers can still read of a KV layer, by the model's own rule."""
+        windows = [self.config.windows[i] if self.config.windows else None for i in readers]
+        return max(self.rows if window is None else min(window, self.rows) for window in windows)
+
+    def storage(self, rows: int) -> Storage:
+        """Return storage for so many rows of one KV layer, at the method's precision."""
+        c = self.config
+        space = Space(self.batch, c.kv_heads, rows, c.head_dim, self.device, self.dtype)
+        choice = self.method.choices.get("precision")
+        if choice is None:
+            return PlainStorage(None, space)
+        storage: Storage = choice.value.load()(choice.params, space)
+        return storage
+
+
+class Eviction(ABC):
+    """What a value of the eviction axis names as its implementation; made as `cls(params)`.
+
+    One that keeps rows by their number is a `Policy`; any other brings a `Cache` of its own.
+    """
+
+    def __init__(self, params: Any) -> None:
+        self.params = params
+
+    @abstractmethod
+    def open(self, opening: Opening) -> Cache:
+        """Return an empty cache."""
+
+    def scoring(self, kv_of: Sequence[int] = ()) -> Cache | None:
+        """Return a cache under which one parallel pass reads what a live cache would have kept.
+
+        None where only a token-by-token pass can tell: a choice that depends on content.
+        """
+        return None
+
+
+def open_cache(
+    config: DecoderConfig,
+    apply: Method | None,
+    *,
+    batch: int,
+    tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    kv_of: tuple[int, ...] = (),
+) -> Cache:
+    """Return the cache that the run-time axes of a method ask for; see `Opening`.
+
+    Args:
+        apply: None is the full cache.
+        tokens: positions of a sequence at most, padding included (blocks for a block decoder).
+
+    Raises:
+        MethodError: a choice on an axis that the eviction value does not read.
+    """
+    method = apply or resolve({})
+    refuse_unread(method)
+    return _eviction(method).open(Opening(config, method, batch, tokens, device, dtype, kv_of))
+
+
+def scoring_cache(apply: Method, kv_of: Sequence[int] = ()) -> Cache | None:
+    """Return the cache under which one pass scores what the run-time axes would have kept.
+
+    None where only a token-by-token pass can tell.
+    """
+    refuse_unread(apply)
+    changed = [apply.choices.get(axis) for axis in ("budget", "precision")]
+    if any(choice is not None and not choice.is_default for choice in changed):
+        return None
+    return _eviction(apply).scoring(kv_of)
+
+
+def last_reads(kv_of: Sequence[int]) -> dict[int, int]:
+    """Decoder layer -> the KV layer that no later one reads or writes in the same pass."""
+    last: dict[int, int] = {}
+    for layer, kv in enumerate(kv_of):
+        last[kv] = max(layer, kv)
+    return {layer: kv for kv, layer in last.items()}
+
+
+def _eviction(method: Method) -> Eviction:
+    choice = method["eviction"]
+    eviction: Eviction = choice.value.load()(choice.params)
+    return eviction
