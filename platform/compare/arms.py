@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvlab.db.rows import JobRow
@@ -82,6 +82,7 @@ def gather(jobs: Sequence[JobRow]) -> list[Draft]:
     order = {row.name: index for index, row in enumerate(jobs)}
     for draft in drafts.values():
         _train(draft, by_name)
+        _void_unscored(draft)
         draft.problems.extend(_problems(draft, by_name))
     return sorted(
         drafts.values(), key=lambda d: (min(order[row.name] for row in d.models.values()), d.apply)
@@ -125,6 +126,25 @@ def _take(draft: Draft, row: JobRow, reading: Reading) -> None:
         draft.samples.setdefault(key, {}).setdefault(seed_of(row), sample)
     if reading.loss_by_position:
         draft.curves.setdefault(reading.setting, []).append(reading.loss_by_position)
+
+
+def _void_unscored(draft: Draft) -> None:
+    """Void what was measured in a dtype in which the arm was not scored: its quality is another."""
+    scored = {_dtype(row) for row, reading in draft.readings if reading.place == "quality"} - {None}
+    for row, reading in draft.readings:
+        own = _dtype(row)
+        if reading.place != "speed" or own is None or not scored or own in scored:
+            continue
+        reason = f"it was timed in {own} but scored in {' and '.join(sorted(map(str, scored)))}"
+        for key in reading.samples:
+            samples = draft.samples[key]
+            sample = samples[seed_of(row)]
+            samples[seed_of(row)] = replace(sample, void=sample.void or reason)
+
+
+def _dtype(row: JobRow) -> str | None:
+    """The dtype that a measuring job used, where its result says so."""
+    return ((row.result or {}).get("environment") or {}).get("dtype")
 
 
 def _train(draft: Draft, by_name: Mapping[str, JobRow]) -> None:

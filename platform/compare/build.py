@@ -10,12 +10,15 @@ from kvlab.db.rows import JobRow, Workflow
 from kvlab.db.states import JobState
 from kvlab.platform.compare.arms import Draft, gather, missing, seed_of
 from kvlab.platform.compare.columns import Layout, lay_out
-from kvlab.platform.compare.differences import change, log_ratio, verdict
+from kvlab.platform.compare.differences import Samples, change, log_ratio, mean_log_ratio, verdict
 from kvlab.platform.compare.labels import grouped, listed
 from kvlab.platform.compare.metrics import METRICS
 from kvlab.platform.compare.model import Arm, Column, Comparison, Cost, Front, Number
 from kvlab.platform.compare.pareto import front
 from kvlab.platform.compare.statistics import summarise
+
+ROUNDING = 1e-12
+"""Log ratios up to this are those of equal numbers."""
 
 
 def compare(workflow: Workflow) -> Comparison:
@@ -88,6 +91,7 @@ def _number(column: Column, draft: Draft, other: Draft | None, layout: Layout) -
         only = next(iter(shown.values()))
         low, high = only.low, only.high
     theirs = other.samples.get(layout.key(column), {}) if other else {}
+    metric = METRICS[column.metric]
     return Number(
         value=summary.mean,
         seeds={seed: sample.value for seed, sample in shown.items()},
@@ -97,7 +101,8 @@ def _number(column: Column, draft: Draft, other: Draft | None, layout: Layout) -
         high=high,
         void="; ".join(reasons) if not standing else None,
         missing=_left_out(len(samples) - len(standing), reasons) if standing else None,
-        change=change(METRICS[column.metric], samples, theirs) if theirs else None,
+        change=change(metric, samples, theirs) if theirs else None,
+        unpaired=None if metric.exact else _unpaired(standing, theirs),
     )
 
 
@@ -105,6 +110,14 @@ def _left_out(count: int, reasons: list[str]) -> str | None:
     if not count:
         return None
     return f"{count} {'seed' if count == 1 else 'seeds'} left out ({'; '.join(reasons)})"
+
+
+def _unpaired(ours: Samples, theirs: Samples) -> str | None:
+    """Which seeds two means are over, where those are not the same."""
+    others = [seed for seed, sample in theirs.items() if sample.void is None]
+    if not ours or not others or set(ours) == set(others):
+        return None
+    return f"means over seeds {', '.join(ours)}, the baseline's over {', '.join(others)}"
 
 
 def _baseline(drafts: list[Draft], job: str | None) -> tuple[list[Draft], list[str]]:
@@ -156,7 +169,12 @@ def _front(
 
     def worse(column: str, one: str, two: str) -> bool:
         mine, theirs = means(column, one, two)
-        return mine > theirs
+        if mine > theirs:
+            return True
+        # The shown means may be over different seeds: the seeds that both have decide as well.
+        metric, key = by_id[column].kind, layout.key(by_id[column])
+        found = mean_log_ratio(drafts[one].samples[key], drafts[two].samples[key])
+        return found is not None and (found if metric.better == "lower" else -found) > ROUNDING
 
     def better(column: str, one: str, two: str) -> bool:
         mine, theirs = means(column, one, two)
@@ -203,6 +221,11 @@ def _notes(arms: tuple[Arm, ...]) -> list[str]:
         notes.append(f"Void because {reason}: {listed(names)}.")
     lacking = {arm.id: n.missing for arm, n in numbers if n.value is not None and n.missing}
     notes += [f"{name}: {reason}." for name, reason in lacking.items()]
+    unpaired = {arm.id: number.unpaired for arm, number in numbers if number.unpaired}
+    notes += [
+        f"{name}: {seeds}; ratios and the front rest on the seeds that both have."
+        for name, seeds in unpaired.items()
+    ]
     if any(number.value is not None and len(number.seeds) == 1 for _, number in numbers):
         notes.append(
             "Some numbers come from one seed: nothing is known about how another seed would move "

@@ -36,6 +36,7 @@ class Number:
         low, high: 95 % interval of the mean; with one seed the interval of its repeats, if any.
         void: why the number does not count (a gate was closed), else None; the value still stands.
         change: against the baseline; None without one, when void, or for the baseline itself.
+        unpaired: whose seeds the mean is over, where they are not the baseline's; else None.
     """
 
     value: float | None
@@ -47,6 +48,7 @@ class Number:
     void: str | None = None
     missing: str | None = None
     change: Change | None = None
+    unpaired: str | None = None
 
     @property
     def stands(self) -> bool:

@@ -17,13 +17,13 @@ def front(
     """Return the arms that no other dominates, and for each of the rest some who dominate it.
 
     One arm dominates another when it is distinguished as better on at least one metric and on every
-    other one its mean is no worse. A difference that is not distinguished thus never counts for an
-    arm, and a mean on the wrong side, distinguished or not, always saves the other: noise can only
-    enlarge the front. Dominance implies better means, so it has no cycles and the front of a
-    non-empty set is never empty.
+    other one it is no worse: neither in its mean, nor paired over the seeds that both have. A
+    difference that is not distinguished thus never counts for an arm, and one on the wrong side,
+    distinguished or not, always saves the other: noise can only enlarge the front. Dominance
+    implies better means, so it has no cycles and the front of a non-empty set is never empty.
 
     Args:
-        worse: whether the arm's mean is on the wrong side of the other's (cheap).
+        worse: whether the arm's mean, or its paired lead, is on the wrong side (cheap).
         better: whether the arm is distinguished as better, mean included (asked only of pairs that
             `worse` leaves).
     """

@@ -151,6 +151,8 @@ def _cell(arm: Arm, column: Column, predicted: Column | None) -> Cell:
     lines = [Line(text)]
     if len(number.seeds) < number.expected:
         lines.append(Line(f"{len(number.seeds)} of {number.expected} seeds", "worse"))
+    if number.unpaired is not None:
+        lines.append(Line("other seeds than the baseline", "worse"))
     if number.change is not None:
         lines.append(Line(change_text(number.change), _tone(number)))
     if predicted is not None and column.metric == "kv_bytes_per_token":
@@ -174,6 +176,8 @@ def _hint(arm: Arm, column: Column, number: Number) -> str:
         parts.append(each)
     if number.missing is not None:
         parts.append(number.missing)
+    if number.unpaired is not None:
+        parts.append(number.unpaired)
     if number.change is not None:
         low, high = number.change.low, number.change.high
         span = f" [{low:.4g}, {high:.4g}]" if low is not None and high is not None else ""

@@ -10,6 +10,7 @@ import pytest
 from kvlab.db.states import Cause, JobState
 from kvlab.platform.compare.build import compare
 from kvlab.platform.compare.model import Comparison, Number
+from kvlab.platform.compare.sheets import main_sheet
 
 WINDOW = {"eviction": {"sliding_window": {"window": 64}}}
 
@@ -269,6 +270,33 @@ def test_a_dominated_arm_is_off_the_front(lab: Any) -> None:
     assert front is not None
     assert set(front.members) == {"good", "tied"}
     assert "good" in front.dominated["base"]
+
+
+def test_means_over_other_seeds_strike_nobody_off(lab: Any) -> None:
+    """The baseline's third seed went badly; `fast` lacks it, and loses on the two they share."""
+    for seed, loss in enumerate((3.50, 3.51, 4.2)):
+        base = lab.train("base", seed)
+        lab.evaluate(base, loss, noise=0.001)
+        lab.benchmark(base, 100 + seed)
+        fast = lab.train("fast", seed)
+        died = (Cause.DIVERGED, "nan") if seed == 2 else None
+        lab.evaluate(fast, 3.60 + 0.01 * seed, noise=0.001, outcome=died)
+        lab.benchmark(fast, 200 + seed)
+    comparison = built(lab)
+    lost = headline(comparison, "fast", "perplexity")
+    assert lost.value is not None
+    assert lost.value < (headline(comparison, "base", "perplexity").value or 0)
+    assert lost.change is not None
+    assert lost.change.verdict == "worse"
+    assert comparison.front is not None
+    assert comparison.front.members == ("base", "fast")
+    assert lost.unpaired == "means over seeds 0, 1, the baseline's over 0, 1, 2"
+    assert headline(comparison, "fast", "tokens_per_second").unpaired is None
+    (note,) = [note for note in comparison.notes if note.startswith("fast: means over")]
+    assert "rest on the seeds that both have" in note
+    cells = [cell for sheet in (main_sheet(comparison),) for row in sheet.rows for cell in row]
+    marked = [cell for cell in cells if "other seeds" in " ".join(one.text for one in cell.lines)]
+    assert {(lost.unpaired or "") in cell.hint for cell in marked} == {True}
 
 
 def test_a_workflow_without_models_compares_nothing(lab: Any) -> None:
