@@ -28,8 +28,9 @@ _encode = json.JSONEncoder(separators=(",", ":")).encode
 class SpoolWriter:
     """Appends records; every record is in the file when the call returns. Thread-safe.
 
-    A record that does not fit on the disk is taken back whole and the OSError is raised. The file
-    is locked for as long as the writer lives, see `wait_unwritten`.
+    A record that does not fit on the disk is taken back whole and the OSError is raised; the end
+    record is then kept in memory for `read`. The file is locked for as long as the writer lives,
+    see `wait_unwritten`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,6 +39,7 @@ class SpoolWriter:
         with contextlib.suppress(OSError):  # some file systems have none
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._lock = threading.Lock()
+        self._kept = b""
         self.size = os.fstat(self._fd).st_size
 
     def points(self, step: int, time_ms: int, metrics: Mapping[str, float]) -> None:
@@ -47,17 +49,24 @@ class SpoolWriter:
         self._append(["c", step, folder])
 
     def end(self, record: Mapping[str, Any]) -> None:
-        self._append(["e", record])
+        """The attempt ended. Never raises OSError: a full disk must not look like a lost worker."""
+        try:
+            self._append(["e", record])
+        except OSError:
+            self._kept = _line(["e", record])
+            self.size += len(self._kept)
 
     def read(self, offset: int, limit: int = CHUNK) -> bytes:
         """Return what stands at `offset`: `limit` bytes at most, or one longer record."""
+        if self._kept and offset == self.size - len(self._kept):
+            return self._kept
         return _whole(lambda at, size: os.pread(self._fd, size, at), offset, limit)
 
     def close(self) -> None:
         os.close(self._fd)
 
     def _append(self, record: list[Any]) -> None:
-        line = _encode(record).encode() + b"\n"
+        line = _line(record)
         with self._lock:
             written = 0
             try:
@@ -89,8 +98,12 @@ class NoSpool(SpoolWriter):
         pass
 
     def _append(self, record: list[Any]) -> None:
-        self._data += _encode(record).encode() + b"\n"
+        self._data += _line(record)
         self.size = len(self._data)
+
+
+def _line(record: list[Any]) -> bytes:
+    return _encode(record).encode() + b"\n"
 
 
 def records(data: bytes) -> tuple[list[list[Any]], int]:

@@ -35,6 +35,7 @@ class Worker:
         self._begun: set[Key] = set()
         self._recalled: set[Key] = set()
         self._to_stop: set[Key] = set()
+        self._port: socket.socket | None = None
         self._heard = time.monotonic()
         if orphan_seconds is not None:
             threading.Thread(
@@ -43,12 +44,14 @@ class Worker:
 
     @ray.method(concurrency_group="control")
     def hello(self) -> Hello:
-        """Say where this process is; for gangs, with a port that is free right now."""
+        """Say where this process is; for gangs, with a port that is kept free until `run`."""
         self._heard = time.monotonic()
         host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            port = probe.getsockname()[1]
+        with self._lock:
+            if self._port is None:
+                self._port = socket.socket()
+                self._port.bind((host, 0))
+            port = self._port.getsockname()[1]
         node = ray.get_runtime_context().get_node_id()
         attempt = self._attempt
         key = None if attempt is None else attempt.assignment.key
@@ -67,6 +70,9 @@ class Worker:
                 return Report(key=None)
             if self._attempt is not None:
                 self._attempt.close()
+            if self._port is not None:
+                self._port.close()
+                self._port = None
             self._attempt = attempt = Attempt(assignment, self._home, self._capture)
             self._begun.add(assignment.key)
             if assignment.key in self._to_stop:

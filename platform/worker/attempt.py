@@ -33,11 +33,13 @@ class Attempt:
         self.assignment = assignment
         self._home = home
         self._capture = capture
-        self._spool = (
-            SpoolWriter(home.spool(assignment.job, assignment.attempt))
-            if assignment.rank == 0
-            else NoSpool()
-        )
+        self._spool: SpoolWriter = NoSpool()
+        self._unspooled: OSError | None = None
+        if assignment.rank == 0:
+            try:
+                self._spool = SpoolWriter(home.spool(assignment.job, assignment.attempt))
+            except OSError as error:
+                self._unspooled = error
         self._context = JobContext(assignment, home, self._spool)
         self._acknowledged = 0
         self.running = True
@@ -91,6 +93,8 @@ class Attempt:
 
     def _work(self) -> dict[str, Any]:
         one = self.assignment
+        if self._unspooled is not None:
+            raise self._unspooled
         if one.rank == 0 and one.attempt > 1:
             keep = None if one.restore is None else Path(one.restore[1])
             sweep(self._home.checkpoints(one.identity, one.job), one.attempt, keep)

@@ -13,6 +13,15 @@ from kvlab.platform.jobs.context import Diverged, Stopped
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.EMFILE}
 _DISK_TEXTS = ("no space left on device", "disk quota exceeded", "input/output error")
 _MEMORY_TEXTS = ("out of memory", "can't allocate memory", "cannot allocate memory")
+_MEET_TEXTS = (
+    "address already in use",
+    "eaddrinuse",
+    "failed to listen",
+    "cannot assign requested address",
+    "connection refused",
+    "timed out after",
+)
+"""Of a gang that did not come together: the next attempt meets at another address."""
 _PEER_TEXTS = (
     "connection closed by peer",
     "connection reset by peer",
@@ -57,6 +66,8 @@ def _known(error: BaseException, workers: int) -> Cause | None:
             return Cause.INFRASTRUCTURE
         if any(one in text for one in _MEMORY_TEXTS):
             return Cause.OUT_OF_MEMORY
+        if workers > 1 and any(one in text for one in _MEET_TEXTS):
+            return Cause.INFRASTRUCTURE
         if workers > 1 and any(one in text for one in _PEER_TEXTS):
             return Cause.NODE_LOST
     return None

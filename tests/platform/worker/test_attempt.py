@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import resource
+import signal
 import sys
 
 import pytest
@@ -101,6 +104,36 @@ def test_other_ranks_tell_their_end_alone(home):
     assert list((home.root / "spool").iterdir()) == []
 
 
+def test_a_spool_that_cannot_be_opened_is_the_machines(home):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        one = attempt(home)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    one.run()
+    assert told(one)[-1][1]["cause"] == Cause.INFRASTRUCTURE
+
+
+def test_an_end_that_does_not_fit_on_the_disk_is_told_all_the_same(home):
+    # A limit on file size stands in for the full disk.
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        one = attempt(home)
+        size = 3 * len('["p",1,1700000000000,{"value":0.0}]\n')
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        one.run()
+        points = told(one)
+        one.acknowledge(size)
+        ((kind, end),) = told(one)
+        right = len(points) == 3 and kind == "e" and end["cause"] == "done"
+        os._exit(0 if right and one.report().size > size else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
 def test_output_and_tracebacks_go_to_the_log(home):
     streams = sys.stdout, sys.stderr
     try:
@@ -154,6 +187,12 @@ def test_a_lost_peer_is_a_lost_node_only_in_a_gang():
     error = RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1234")
     assert classify(error, workers=2)[0] is Cause.NODE_LOST
     assert classify(error, workers=1)[0] is Cause.USER_ERROR
+
+
+def test_a_gang_that_does_not_meet_has_another_try():
+    text = "The server socket has failed to listen on any local network address. EADDRINUSE"
+    assert classify(RuntimeError(text), workers=2)[0] is Cause.INFRASTRUCTURE
+    assert classify(RuntimeError(text), workers=1)[0] is Cause.USER_ERROR
 
 
 @pytest.mark.parametrize("result", [None, 3, {"a": object()}])
