@@ -71,7 +71,8 @@ class Bench:
     """A model under its run-time axes, measured at one batch size after another.
 
     Attributes:
-        as_asked: every generation so far had the tokens, in text and in cache, that were asked.
+        as_asked: every generation so far had the tokens that were asked, and a cache as large as
+            the cost model says that they need.
     """
 
     def __init__(
@@ -84,6 +85,8 @@ class Bench:
         self.model, self.spec, self.context, self.device = model, spec, context, device
         self.apply = from_dict(spec["apply"]) if spec["apply"] else None
         self.cost = _cost(model, self.apply)
+        # A block in the making is not in the cache yet.
+        self.least = spec["prompt"] + spec["generate"] - model.method.span() + 1
         self.itemsize = next(model.parameters()).element_size()
         self.as_asked = True
 
@@ -99,6 +102,7 @@ class Bench:
         asked = batch * (spec["prompt"] + spec["generate"])
         self.as_asked &= found.kv_tokens == asked
         self.as_asked &= found.ids.shape == (batch, spec["generate"])
+        self.as_asked &= found.kv_bytes >= batch * self.cost.kv_bytes(self.least, self.itemsize)
         return found
 
     def row(self, batch: int) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from kvlab.platform.jobs import memory
 from kvlab.platform.jobs.benchmark.load import Counted, Load, others
 from kvlab.platform.jobs.benchmark.measure import generate
 from kvlab.platform.jobs.benchmark.median import summarise
+from kvlab.platform.jobs.benchmark.run import Bench
 from kvlab.platform.jobs.context import Stopped
-from kvlab.platform.jobs.local import run_cell
+from kvlab.platform.jobs.local import LocalContext, run_cell
 
 SPEC = {
     "prompt": 9, "generate": 7, "batch": [1, 3], "repeats": 5, "warmup": 1, "apply": {},
@@ -80,6 +81,25 @@ def test_the_cache_holds_what_the_formula_says(arm, apply, dtype, tmp_path, requ
     )
     assert row["kv_bytes_per_token"] >= row["kv_bytes_per_token_predicted"]
     assert not result["gates"]["repeats_enough"]
+
+
+@pytest.mark.parametrize("arm", ["base", "blocks"])
+@pytest.mark.parametrize("sizes", [(9, 7), (8, 7), (9, 8), (3, 2), (1, 1)])
+def test_a_cache_that_keeps_less_than_its_cost_closes_the_gate(arm, sizes, tmp_path, request):
+    folder = request.getfixturevalue(arm)
+    spec = {**SPEC, "prompt": sizes[0], "generate": sizes[1]}
+    context = LocalContext(folder=tmp_path)
+    plain = Bench(load(folder), spec, context, torch.device("cpu"))
+    plain.once(2)
+    assert plain.as_asked
+    window = {"eviction": {"sliding_window": {"window": 2}}}
+    spec |= {"apply": window, "prompt": 40, "generate": 8}
+    less = Bench(load(folder), spec, context, torch.device("cpu"))
+    less.once(2)
+    assert less.as_asked
+    less.cost = plain.cost
+    less.once(2)
+    assert not less.as_asked
 
 
 def test_the_largest_batch_within_a_budget_is_seen_to_fit(base, tmp_path):
