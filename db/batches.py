@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import update
@@ -25,6 +25,10 @@ class Batch:
 
     def __init__(self, pending: Pending) -> None:
         self._pending = pending
+
+    def expect(self, job_ids: Sequence[int]) -> None:
+        """Say which jobs the batch is about, so that they are read together. Optional."""
+        self._pending.read(job_ids)
 
     def start(self, job_id: int, worker: str) -> int:
         """Begin the job's next attempt (QUEUED -> RUNNING) and return its number, from 1."""

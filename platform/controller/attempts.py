@@ -32,6 +32,9 @@ WAITED = "it waited behind a job that took long or ended its worker"
 DEATH_SECONDS = 10.0
 """How long workers of a dead controller may take to die."""
 
+START_SECONDS = 300.0
+"""How long a worker may take to come up: its node may be busy, or gone without a word."""
+
 STARTS = 5
 """Workers that may fail to start, one after another, before the workflow gives up."""
 
@@ -57,6 +60,7 @@ class Attempts:
         self._pool = pool
         self._ledger = ledger
         self._by_slot: dict[int, list[int]] = {}
+        self._starting: dict[int, float] = {}  # slot -> since when
         self.running: dict[int, Running] = {}
         self.measuring = 0
         self.failed_starts = 0
@@ -68,6 +72,7 @@ class Attempts:
         for slot in decision.kill:
             self._ledger.then(partial(self._pool.kill, slot))
         for new in decision.create:
+            self._starting[new.id] = now
             self._ledger.then(partial(self._pool.create, new))
         for job, slot in decision.run:
             self._start(job, slot, now)
@@ -75,6 +80,7 @@ class Attempts:
     def up(self, message: Up, now: float) -> None:
         """A slot's workers are there."""
         self.failed_starts = 0
+        self._starting.pop(message.slot, None)
         if message.slot in self._slots and self._slots[message.slot].state is SlotState.STARTING:
             self._slots.idle(message.slot, now)
 
@@ -105,6 +111,7 @@ class Attempts:
     def lost(self, message: Lost, now: float) -> None:
         """A worker is dead. What its spools still hold counts, an end record included."""
         slot = message.slot
+        self._starting.pop(slot, None)
         if slot not in self._slots:
             return
         if slot not in self._by_slot:
@@ -139,10 +146,12 @@ class Attempts:
             self.end(job, {"cause": Cause.STOPPED, "message": WAITED}, now, worked_until=0.0)
 
     def settle(self, now: float) -> None:
-        """End gangs whose ranks had time to say why, and attempts that ran out of theirs."""
+        """End gangs whose ranks had time to say why, and what ran out of its time."""
         for running in list(self.running.values()):
             if running.failing is not None:
                 self._judge(running, now)
+        for slot in [one for one, since in self._starting.items() if now > since + START_SECONDS]:
+            self.lost(Lost(slot, f"no worker came up within {START_SECONDS:g} s"), now)
         for job in self._schedule.overdue(now):
             if job not in self.running:
                 continue
@@ -177,7 +186,7 @@ class Attempts:
             facts = {"cause": cause, "state": verdict.state, "lost_seconds": round(lost, 3)}
             batch.event("attempt_ended", job, attempt, facts)
 
-        self._ledger.row(write, "end")
+        self._ledger.row(write, job, "end")
         self._jobs.note(
             job, attempt, verdict.state, ended_at=now, cause=cause, message=message, result=result
         )
@@ -192,7 +201,7 @@ class Attempts:
     def moved(self, moves: list[Move]) -> None:
         """Store moves that followed from something."""
         for job, state in moves:
-            self._ledger.row(partial(Batch.move, job_id=job, state=state))
+            self._ledger.row(partial(Batch.move, job_id=job, state=state), job)
             self._jobs.note(job, self._schedule.attempt(job), state)
 
     def poll(self, now: float) -> None:
@@ -250,7 +259,7 @@ class Attempts:
         self._read_file(running, now)
         if nodes is not None:
             slot = self._slots.add_busy(shape, nodes)
-            self._pool.adopt(slot.id, last.worker, shape.workers)
+            self._pool.adopt(slot.id, last.worker)
             running.slot = slot.id
             self._by_slot[slot.id] = [job]
             self._schedule.watch(job, last.started_at)
@@ -278,7 +287,7 @@ class Attempts:
             if found is not None:
                 batch.checkpoint(job, attempt, *found)
 
-        self._ledger.row(write, "start")
+        self._ledger.row(write, job, "start")
         self._jobs.note(job, attempt, JobState.RUNNING, started_at=now, ended_at=None)
         first = now + POLL_SECONDS
         self.measuring += one.shape.exclusive
@@ -320,6 +329,7 @@ class Attempts:
         elif running.workers > 1:
             # Its ranks need a fresh address before the next job.
             self._slots.starting(slot)
+            self._starting[slot] = now
             self._ledger.then(partial(self._pool.greet, slot))
         else:
             took = now - max(running.since, self._slots[slot].idle_since)

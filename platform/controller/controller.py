@@ -177,7 +177,7 @@ class Controller:
         def write(batch: Batch) -> None:
             batch.reuse(job, found)
 
-        self._ledger.row(write, "end")
+        self._ledger.row(write, job, "end")
         self._jobs.artifacts[job] = found.artifact_uri
         self._jobs.note(
             job, 0, JobState.DONE, ended_at=now, result=found.result, reused_from=found.job_id

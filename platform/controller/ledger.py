@@ -29,6 +29,7 @@ class Ledger:
         self._lease = lease
         self._tails: dict[int, Tail] = {}
         self._rows: list[Row] = []
+        self._jobs: dict[int, None] = {}
         self._deeds: list[Callable[[], Any]] = []
         self._stages: set[str] = set()
 
@@ -37,9 +38,11 @@ class Ledger:
         self._tails[tail.job] = tail
         self._stages.add("record")
 
-    def row(self, row: Row, stage: str | None = None) -> None:
-        """Store a change. `stage` names its fault points: "start" or "end"."""
+    def row(self, row: Row, job: int | None = None, stage: str | None = None) -> None:
+        """Store a change of `job`. `stage` names its fault points: "start" or "end"."""
         self._rows.append(row)
+        if job is not None:
+            self._jobs[job] = None
         if stage is not None:
             self._stages.add(stage)
 
@@ -65,6 +68,7 @@ class Ledger:
         deeds, self._deeds = self._deeds, []
         self._tails.clear()
         self._rows.clear()
+        self._jobs.clear()
         self._stages.clear()
         for deed in deeds:
             deed()
@@ -75,6 +79,7 @@ class Ledger:
         while True:
             try:
                 with self._store.batch(self._lease, now) as batch:
+                    batch.expect([*self._jobs])
                     for tail in self._tails.values():
                         tail.write(batch)
                     for row in self._rows:

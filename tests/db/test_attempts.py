@@ -31,6 +31,16 @@ def test_an_attempt_from_start_to_end(lab: Any) -> None:
     assert row.attempts[0].cause is Cause.DONE
 
 
+def test_what_a_batch_expects_changes_nothing_but_the_number_of_reads(lab: Any) -> None:
+    with lab.batch() as batch:
+        batch.move(lab.jobs[0], JobState.CANCELLED)
+        batch.expect([*lab.jobs, 10_000])
+        assert [batch.start(job, "worker") for job in lab.jobs[1:]] == [1, 1]
+        with pytest.raises(LookupError):
+            batch.start(10_000, "worker")
+    assert lab.row(lab.jobs[0]).state is JobState.CANCELLED
+
+
 def test_start_and_end_in_one_batch(lab: Any) -> None:
     with lab.batch() as batch:
         for job in lab.jobs:
