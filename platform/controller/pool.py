@@ -11,7 +11,11 @@ from typing import Any
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import (
+    get_placement_group,
+    placement_group,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
     PlacementGroupSchedulingStrategy,
@@ -64,6 +68,7 @@ class Pool:
         self._home = home
         self._detached = detached
         self._crews: dict[int, _Crew] = {}
+        self._found: dict[str, _Crew] = {}
         self._calls: dict[Any, tuple[int, Callable[[Any], None]]] = {}
         self._class: Any = ray.remote(concurrency_groups=GROUPS)(Worker)  # type: ignore[call-overload]
 
@@ -84,6 +89,7 @@ class Pool:
             crew.group = placement_group(
                 [_bundle(room) for _, room in slot.places],
                 strategy="PACK",
+                name=crew.name,
                 lifetime="detached" if self._detached else None,
             )
         for rank, (node, room) in enumerate(slot.places):
@@ -117,6 +123,8 @@ class Pool:
         except RayError:
             hellos = []
         if len(hellos) == workers and all(hello.key == key for hello in hellos):
+            group = _group(name) if workers > 1 else None
+            self._found[name] = _Crew(name, actors, group)
             return tuple(hello.node for hello in hellos)
         for actor in actors:
             with contextlib.suppress(RayError):  # that it died is the answer
@@ -124,13 +132,15 @@ class Pool:
             ray.kill(actor)
         return None
 
-    def adopt(self, slot: int, name: str, workers: int) -> None:
-        """Take over the live workers called `name`."""
-        actors = [ray.get_actor(_ranked(name, rank), NAMESPACE) for rank in range(workers)]
-        self._crews[slot] = _Crew(name, actors)
+    def adopt(self, slot: int, name: str) -> None:
+        """Take over the workers called `name`, which `find` found."""
+        self._crews[slot] = self._found.pop(name)
 
     def sweep(self) -> None:
-        """Kill the workers of this label that are no slot's: idle ones of a dead controller."""
+        """Kill what has this label and is no slot's: idle workers of a dead controller.
+
+        The room that their gangs had reserved is given back.
+        """
         kept = {
             _ranked(c.name, rank) for c in self._crews.values() for rank in range(len(c.actors))
         }
@@ -138,6 +148,13 @@ class Pool:
             if name.startswith(f"worker-{self.label}-") and name not in kept:
                 with contextlib.suppress(ValueError):  # it ended just now
                     ray.kill(ray.get_actor(name, NAMESPACE))
+        table: dict[str, Any] = ray.util.placement_group_table()
+        for row in table.values():
+            name = row["name"]
+            if name.startswith(f"worker-{self.label}-") and row["state"] != "REMOVED":
+                group = None if name in kept else _group(name)
+                if group is not None:
+                    remove_placement_group(group)
 
     def greet(self, slot: int) -> None:
         """Ask the slot's workers whether they are up; gangs get a fresh rendezvous."""
@@ -265,6 +282,14 @@ def _lost(slot: int, error: RayError) -> Lost:
     if isinstance(error, RayActorError) and not memory:
         text = "the worker process died" + (f": {text}" if "killed" not in text else "")
     return Lost(slot, text[:400], memory)
+
+
+def _group(name: str) -> Any:
+    """The placement group of that name, None when there is none."""
+    try:
+        return get_placement_group(name)
+    except ValueError:
+        return None
 
 
 def _ranked(name: str, rank: int) -> str:
