@@ -21,10 +21,15 @@ class Batch:
 
     What an attempt that is not its job's newest reports is refused: the method returns False (or 0)
     and writes nothing. A change of state that db/states.py does not allow raises IllegalMove.
+
+    Attributes:
+        transaction: names it to `Store.committed`, should the answer to its COMMIT be lost. None on
+            SQLite, which is asked over no network.
     """
 
-    def __init__(self, pending: Pending) -> None:
+    def __init__(self, pending: Pending, transaction: str | None = None) -> None:
         self._pending = pending
+        self.transaction = transaction
 
     def expect(self, job_ids: Sequence[int]) -> None:
         """Say which jobs the batch is about, so that they are read together. Optional."""

@@ -7,9 +7,21 @@ whatever any clock says.
 
 from __future__ import annotations
 
-from sqlalchemy import ColumnElement, Connection, case, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Text,
+    case,
+    cast,
+    func,
+    null,
+    or_,
+    select,
+    text,
+    update,
+)
 
-from kvlab.db.errors import Held, IllegalMove, LeaseLost, NotFound
+from kvlab.db.errors import Held, IllegalMove, LeaseLost, NotFound, StoreError
 from kvlab.db.rows import Lease
 from kvlab.db.states import WorkflowState
 from kvlab.db.tables import WORKFLOWS
@@ -65,7 +77,7 @@ def release(connection: Connection, lease: Lease, state: WorkflowState, now: flo
     """Give the lease back and say how the workflow stands. A workflow that is done stays done."""
     if state not in _ENDS:
         raise IllegalMove(f"a workflow is released as one of {sorted(_ENDS)}, not as {state}")
-    done = guard(connection, lease) is WorkflowState.DONE
+    done = guard(connection, lease)[0] is WorkflowState.DONE
     if done and state is not WorkflowState.DONE:
         raise IllegalMove(f"workflow {lease.workflow_id} is done and cannot become {state}")
     ended = {} if done else {"state": state.value, "ended_at": now}
@@ -83,16 +95,36 @@ def request(connection: Connection, workflow_id: int, what: str) -> None:
         raise NotFound(f"there is no workflow {workflow_id}: see `kvlab status`")
 
 
-def guard(connection: Connection, lease: Lease) -> WorkflowState:
+def guard(connection: Connection, lease: Lease) -> tuple[WorkflowState, str | None]:
     """Lock the workflow against other writers until the transaction ends, or raise LeaseLost.
 
     PostgreSQL locks the row; on SQLite the transaction has held the file's write lock since BEGIN.
     Nothing is written, so a long workflow text is not copied at every batch.
+
+    Returns:
+        the workflow's state, and what `committed` takes: None on SQLite.
     """
-    state = connection.execute(select(_W.state).where(*_mine(lease)).with_for_update()).scalar()
-    if state is None:
+    postgres = connection.dialect.name == "postgresql"
+    transaction = cast(func.pg_current_xact_id(), Text) if postgres else null()
+    row = connection.execute(
+        select(_W.state, transaction).where(*_mine(lease)).with_for_update()
+    ).one_or_none()
+    if row is None:
         raise LeaseLost(lease.workflow_id, lease.token)
-    return WorkflowState(state)
+    return WorkflowState(row[0]), row[1]
+
+
+def committed(connection: Connection, transaction: str) -> bool:
+    """Whether a transaction whose COMMIT was not answered took place.
+
+    Raises:
+        StoreError: it is still under way.
+    """
+    asked = text("SELECT pg_xact_status(CAST(:number AS xid8))")
+    status = connection.execute(asked, {"number": transaction}).scalar()
+    if status == "in progress":
+        raise StoreError(f"transaction {transaction} is still under way: ask again")
+    return status == "committed"
 
 
 def _mine(lease: Lease) -> tuple[ColumnElement[bool], ...]:

@@ -142,10 +142,15 @@ class Store:
             LeaseLost: the lease was released or taken over; nothing is written.
         """
         with self._writing() as connection:
-            leases.guard(connection, lease)
+            _, transaction = leases.guard(connection, lease)
             pending = Pending(connection, lease.workflow_id, now)
-            yield Batch(pending)
+            yield Batch(pending, transaction)
             pending.write()
+
+    def committed(self, transaction: str) -> bool:
+        """Whether the batch of that `Batch.transaction` was stored though its end raised."""
+        with self._writing() as connection:
+            return leases.committed(connection, transaction)
 
     def finished(self, identities: Iterable[str]) -> dict[str, FinishedJob]:
         """The newest finished job of each identity that has one whose result may be reused."""

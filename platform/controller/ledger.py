@@ -14,7 +14,7 @@ from kvlab.platform.record import fault
 from kvlab.platform.record.recorder import Tail
 
 Row = Callable[[Batch], Any]
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 120.0
 """How long an unreachable database may stay so before the controller gives up."""
 
 
@@ -76,8 +76,13 @@ class Ledger:
     def _write(self, now: float) -> None:
         give_up = time.monotonic() + PATIENCE_SECONDS
         pause = 0.1
+        unanswered: str | None = None
         while True:
+            batch = None
             try:
+                # Storing twice what arrived although nobody said so would be an illegal move.
+                if unanswered is not None and self._store.committed(unanswered):
+                    return
                 with self._store.batch(self._lease, now) as batch:
                     batch.expect([*self._jobs])
                     for tail in self._tails.values():
@@ -90,5 +95,7 @@ class Ledger:
             except StoreError:
                 if time.monotonic() > give_up:
                     raise
+                if batch is not None:
+                    unanswered = batch.transaction
                 time.sleep(pause)
                 pause = min(2 * pause, 5.0)
