@@ -88,9 +88,11 @@ class Worker:
         attempt = self._attempt
         if attempt is None:
             return Report(key=None)
-        if attempt.assignment.key == key:
-            attempt.acknowledge(acknowledged)
-        return attempt.report()
+        if attempt.assignment.key != key:
+            return attempt.report()
+        attempt.acknowledge(acknowledged)
+        # An adopter may have read less of the file than its predecessor had acknowledged.
+        return attempt.report(acknowledged)
 
     @ray.method(concurrency_group="control")
     def stop(self, key: Key) -> None:

@@ -74,14 +74,16 @@ class Attempt:
         """Ask the job to checkpoint and stop."""
         self._context.stop.set()
 
-    def report(self) -> Report:
+    def report(self, offset: int | None = None) -> Report:
+        """Answer with what the spool holds from `offset` on; None: from what was acknowledged."""
+        start = self._acknowledged if offset is None else offset
         # `running` is read first: what is in the spool after it was false includes the end record.
         running = self.running
         return Report(
             key=self.assignment.key,
             rank=self.assignment.rank,
-            offset=self._acknowledged,
-            data=self._spool.read(self._acknowledged),
+            offset=start,
+            data=self._spool.read(start),
             size=self._spool.size,
             progress=self._context.latest,
             hungry=self._context.checkpoints.hungry,

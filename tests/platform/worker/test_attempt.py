@@ -66,6 +66,16 @@ def test_failures_have_their_cause(home, fail, cause):
     assert told(one)[-1][1]["cause"] == cause
 
 
+def test_who_knows_less_than_was_acknowledged_is_told_all_it_lacks(home):
+    one = attempt(home)
+    one.run()
+    whole = one.report()
+    one.acknowledge(whole.size)
+    assert one.report().data == b""
+    again = one.report(10)
+    assert (again.offset, again.data) == (10, whole.data[10:])
+
+
 def test_an_unknown_kind_is_the_users(home):
     one = attempt(home, kind="nope")
     one.run()
