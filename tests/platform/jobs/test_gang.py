@@ -69,7 +69,7 @@ def gang(data, base, train_spec, block, tmp_path_factory):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     try:
-        said = [process.communicate(timeout=120)[0] for process in ranks]
+        said = [process.communicate(timeout=300)[0] for process in ranks]
     finally:
         for process in ranks:
             process.kill()
