@@ -151,7 +151,7 @@ def ray(home: Home) -> Iterator[Finding]:
     if not address:
         yield Finding("ray auth", "ok", "no cluster named: kvlab starts Ray on this machine alone")
         return
-    from kvlab.platform.controller.cluster import refuse_open_cluster
+    from kvlab.platform.controller.access import refuse_open_cluster
 
     try:
         refuse_open_cluster(address)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import ExitStack
 from typing import Annotated
 
 import typer
@@ -9,6 +11,10 @@ import typer
 
 def command(
     workflow: Annotated[str, typer.Argument(help="Name (its newest run) or number.")],
+    address: Annotated[
+        str | None,
+        typer.Option("--address", help="The Ray cluster where its controller died, if it did."),
+    ] = None,
 ) -> None:
     """Cancel a workflow: running jobs are ended at once, the rest never begins."""
     from kvlab.db.store import Store
@@ -18,6 +24,21 @@ def command(
 
     home = Home.find()
     number = find(home, workflow)
-    with Store.open(home.url) as store:
-        cancel(store, number)
+    with ExitStack() as stack:
+        if address is not None:
+            from kvlab.platform.controller.access import connected
+
+            stack.enter_context(connected(address))
+        left = cancel(stack.enter_context(Store.open(home.url)), number)
+        if address is not None:
+            from kvlab.platform.controller.cluster import sweep
+
+            sweep(home, number)
+            left = []
     print(f"workflow {number} cancelled")
+    if left:
+        print(
+            f"its controller was gone; {', '.join(left[:3])} may go on where they ran: "
+            f"`kvlab cancel {number} --address HOST:PORT` ends them on a cluster",
+            file=sys.stderr,
+        )

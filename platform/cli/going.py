@@ -39,8 +39,9 @@ def go(
         outcome = run_local(home, workflow, watch, cpus=cpus, mlflow=mlflow)
     else:
         from kvlab.platform.controller import cluster
+        from kvlab.platform.controller.access import connected
 
-        with cluster.connected(address):
+        with connected(address):
             remote = cluster.start(home, workflow, mlflow=mlflow)
             if detach:
                 _say_detached(remote.workflow, as_json)

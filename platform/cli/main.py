@@ -17,7 +17,7 @@ COMMANDS = {
     "run": "Run a workflow, locally or on a Ray cluster.",
     "status": "Show workflows, their jobs and attempts.",
     "logs": "Print what a job wrote.",
-    "cancel": "Cancel a running workflow or one of its jobs.",
+    "cancel": "Cancel a workflow: its running jobs are ended at once.",
     "resume": "Go on with a workflow that stopped, failed or was cancelled.",
     "compare": "Compare the finished jobs of a workflow: table, JSON or HTML.",
     "methods": "List the axes and values a method is made of.",

@@ -14,8 +14,11 @@ from kvlab.platform.controller.lease import claim
 WAIT_SECONDS = 30.0
 
 
-def cancel(store: Store, workflow: int) -> None:
+def cancel(store: Store, workflow: int) -> list[str]:
     """Cancel a workflow and wait until it is.
+
+    Returns:
+        names of jobs that a cluster may still be running: their controller is gone.
 
     Raises:
         KvlabError: it has ended, or its live controller does not answer.
@@ -28,8 +31,8 @@ def cancel(store: Store, workflow: int) -> None:
     except Held:
         store.request(workflow, "cancel")
         _wait(store, workflow)
-    else:
-        _cancel(store, lease)
+        return []
+    return _cancel(store, lease)
 
 
 def _wait(store: Store, workflow: int) -> None:
@@ -43,13 +46,17 @@ def _wait(store: Store, workflow: int) -> None:
         time.sleep(0.2)
 
 
-def _cancel(store: Store, lease: Lease) -> None:
-    now = time.time()
+def _cancel(store: Store, lease: Lease) -> list[str]:
+    now, left = time.time(), []
     with store.batch(lease, now) as batch:
-        for job in store.status(lease.workflow_id).jobs:
+        for job in store.load(lease.workflow_id).jobs:
             if job.state is JobState.RUNNING:
                 batch.end(job.id, job.attempt, Cause.CANCELLED, JobState.CANCELLED)
+                # A label in the name says that a cluster has it: local ones die with their driver.
+                if not job.attempts[-1].worker.startswith("worker--"):
+                    left.append(job.name)
             elif job.state not in TERMINAL:
                 batch.move(job.id, JobState.CANCELLED)
         batch.event("cancelled")
     store.release(lease, WorkflowState.CANCELLED, now)
+    return left

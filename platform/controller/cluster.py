@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import ipaddress
-import logging
 import os
 import threading
 import uuid
@@ -14,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kvlab import KvlabError
@@ -56,8 +54,7 @@ class ControllerActor:
             workflow if isinstance(workflow, int) else submit(self._store, workflow, pool.slots)
         )
         self._store.status(number)
-        # Unique on a cluster that several homes share.
-        pool.label = f"{hashlib.sha256(self._home.url.encode()).hexdigest()[:8]}-{number}"
+        pool.label = _label(self._home, number)
         mirror = mirror_of(self._home) if self._mlflow else None
         self._controller = Controller(
             self._home, self._store, number, detached=True, pool=pool, mirror=mirror
@@ -100,40 +97,41 @@ class Remote:
         self.workflow = workflow
 
     def snapshot(self, after: int = 0) -> Snapshot:
-        found: Snapshot = ray.get(self._actor.snapshot.remote(after))
+        with _told(f"workflow {self.workflow}"):
+            found: Snapshot = ray.get(self._actor.snapshot.remote(after))
         return found
 
     def stop(self) -> None:
         self._actor.stop.remote()
 
     def run(self) -> Outcome:
-        """Wait for the end."""
+        """Wait for the end.
+
+        Raises:
+            KvlabError: as `Controller.run`, or the controller's process is gone.
+        """
         outcome: Outcome | None = None
         while outcome is None:
-            outcome = ray.get(self._actor.wait.remote(0.5))
+            with _told(f"workflow {self.workflow}"):
+                outcome = ray.get(self._actor.wait.remote(0.5))
         ray.kill(self._actor)
         return outcome
 
 
 @contextmanager
-def connected(address: str) -> Iterator[None]:
-    """Connect to a cluster.
-
-    Raises:
-        KvlabError: it does not answer, or is not on this machine and takes anybody's jobs.
-    """
-    refuse_open_cluster(address)
-    try:
-        ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise KvlabError(
-            f"no Ray cluster at {address} ({reason}): check --address and RAY_AUTH_TOKEN"
-        ) from error
+def _told(workflow: str) -> Iterator[None]:
+    """Raise here what the controller raised there, and say it in one line where it is gone."""
     try:
         yield
-    finally:
-        ray.shutdown()
+    except RayTaskError as error:
+        cause = getattr(error, "cause", None)
+        raise (cause if isinstance(cause, KvlabError) else error) from None
+    except RayError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise KvlabError(
+            f"the controller of {workflow} is gone, its jobs go on ({type(error).__name__}: "
+            f"{reason}): `kvlab resume` with the same --address takes over"
+        ) from error
 
 
 def start(home: Home, workflow: Graph | int, *, mlflow: bool) -> Remote:
@@ -149,11 +147,22 @@ def start(home: Home, workflow: Graph | int, *, mlflow: bool) -> Remote:
         name=name, lifetime="detached", namespace=NAMESPACE, num_cpus=0, max_concurrency=8
     ).remote(str(home.root), home.url, mlflow)
     try:
-        number = ray.get(actor.begin.remote(workflow))
-    except RayError as error:
+        with _told("the new workflow"):
+            number = ray.get(actor.begin.remote(workflow))
+    except BaseException:
         ray.kill(actor)
-        raise getattr(error, "cause", None) or error from None
+        raise
     return Remote(actor, number)
+
+
+def sweep(home: Home, workflow: int) -> None:
+    """End the workers that a workflow's dead controller left on the connected cluster."""
+    Pool(home, detached=True, label=_label(home, workflow)).sweep()
+
+
+def _label(home: Home, workflow: int) -> str:
+    """Unique on a cluster that several homes share."""
+    return f"{hashlib.sha256(home.url.encode()).hexdigest()[:8]}-{workflow}"
 
 
 def check_shared(home: Home) -> None:
@@ -193,23 +202,3 @@ def _probe(root: str, token: str) -> str:
     except OSError as error:
         return f"{error.strerror} on {ray.util.get_node_ip_address()}"  # type: ignore[no-untyped-call]
     return ""
-
-
-def refuse_open_cluster(address: str) -> None:
-    """Raise a KvlabError when the cluster is on other machines and runs anybody's code."""
-    host = address.removeprefix("ray://").rpartition(":")[0] or address
-    if os.environ.get("RAY_AUTH_MODE") == "token" or _loopback(host):
-        return
-    raise KvlabError(
-        f"the cluster at {address} is not on this machine, and without a token it would run "
-        "anybody's code: start it with RAY_AUTH_MODE=token, and set that and RAY_AUTH_TOKEN here"
-    )
-
-
-def _loopback(host: str) -> bool:
-    if host in ("auto", "localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
