@@ -10,6 +10,7 @@ from __future__ import annotations
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Double,
     Text,
     case,
     cast,
@@ -112,6 +113,16 @@ def guard(connection: Connection, lease: Lease) -> tuple[WorkflowState, str | No
     if row is None:
         raise LeaseLost(lease.workflow_id, lease.token)
     return WorkflowState(row[0]), row[1]
+
+
+def clock(connection: Connection) -> float | None:
+    """PostgreSQL's own time in epoch seconds; None on SQLite, whose users share a machine."""
+    if connection.dialect.name != "postgresql":
+        return None
+    seconds: float = connection.execute(
+        select(cast(func.extract("epoch", func.clock_timestamp()), Double))
+    ).scalar_one()
+    return seconds
 
 
 def committed(connection: Connection, transaction: str) -> bool:

@@ -6,6 +6,7 @@ transaction. (A power cut may undo the newest commits on SQLite, never corrupt t
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -106,6 +107,12 @@ class Store:
             if jobs:
                 connection.execute(insert(JOBS), [_new(workflow_id, job) for job in jobs])
         return workflow_id
+
+    def clock(self) -> float:
+        """The time by which leases are to be kept: that of the database where hosts share one."""
+        with self._reading() as connection:
+            now = leases.clock(connection)
+        return time.time() if now is None else now
 
     def claim(self, workflow_id: int, owner: str, ttl: float, now: float) -> Lease:
         """Become the workflow's only writer for `ttl` seconds.

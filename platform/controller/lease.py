@@ -18,8 +18,8 @@ BEAT_SECONDS = 1.0
 
 
 def owner() -> str:
-    """Name this process: "host:pid:start", never used again."""
-    return f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid())}"
+    """Name this process: "place:pid:start", never used again."""
+    return f"{_place()}:{os.getpid()}:{_started(os.getpid())}"
 
 
 def claim(store: Store, workflow: int) -> Lease:
@@ -32,7 +32,7 @@ def claim(store: Store, workflow: int) -> Lease:
     until: float | None = None
     while True:
         try:
-            return store.claim(workflow, me, TTL_SECONDS, time.time())
+            return store.claim(workflow, me, TTL_SECONDS, store.clock())
         except Held as held:
             alive = _alive(held.owner)
             if alive or (until is not None and held.until > until):
@@ -42,7 +42,7 @@ def claim(store: Store, workflow: int) -> Lease:
                 # gone after all, the token refuses what it writes.
                 return store.claim(workflow, me, TTL_SECONDS, held.until)
             until = held.until
-            time.sleep(min(1.0, max(0.05, until - time.time())))
+            time.sleep(min(1.0, max(0.05, until - store.clock())))
 
 
 class Heartbeat:
@@ -68,7 +68,7 @@ class Heartbeat:
     def _beat(self) -> None:
         while not self._closed.wait(BEAT_SECONDS):
             try:
-                request = self._store.renew(self._lease, TTL_SECONDS, time.time())
+                request = self._store.renew(self._lease, TTL_SECONDS, self._store.clock())
             except LeaseLost as error:
                 self._inbox.put(LeaseOver(error))
                 return
@@ -83,13 +83,13 @@ class Heartbeat:
 
 
 def _alive(name: str) -> bool | None:
-    """Whether the owner's process lives; None when it is on another host."""
-    host, _, rest = name.rpartition(":")[0].rpartition(":")
+    """Whether the owner's process lives; None when it cannot be seen from here."""
+    place, _, rest = name.rpartition(":")[0].rpartition(":")
     try:
         pid = int(rest)
     except ValueError:
         return None
-    if host != socket.gethostname():
+    if place != _place():
         return None
     try:
         os.kill(pid, 0)
@@ -98,6 +98,19 @@ def _alive(name: str) -> bool | None:
     except PermissionError:
         return True
     return name.rpartition(":")[2] == _started(pid)
+
+
+def _place() -> str:
+    """Where this process's pid means something: a host's boot and the pid namespace.
+
+    Containers may have one hostname and pids that are other containers' too.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")[:12]
+        namespace = Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        return socket.gethostname()
+    return f"{socket.gethostname()}/{boot}-{namespace}"
 
 
 def _started(pid: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kvlab.db import engine
+from kvlab.db import engine, versions
 from kvlab.db.errors import Held, LeaseLost
 from kvlab.db.rows import Lease
 from kvlab.db.store import Store
@@ -52,6 +52,29 @@ def test_a_pid_used_again_is_another_process(store, workflow):
     host, pid, _ = owner().rsplit(":", 2)
     store.claim(workflow, f"{host}:{pid}:1", 3600.0, time.time())
     assert claim(store, workflow).owner == owner()
+
+
+def test_the_same_pid_in_another_container_is_a_stranger(store, workflow):
+    place, pid, _ = owner().rsplit(":", 2)
+    other = place.rpartition("-")[0] + "-1"
+    store.claim(workflow, f"{other}:{pid}:1", 3600.0, time.time())
+    with pytest.raises(Held):
+        store.claim(workflow, "me", 60.0, time.time())
+    assert controller_lease._alive(f"{other}:{pid}:1") is None
+    assert controller_lease._alive(owner()) is True
+
+
+@pytest.mark.postgres
+def test_hosts_whose_clocks_differ_respect_each_other(postgres_url, monkeypatch):
+    versions.upgrade(postgres_url)
+    with Store.open(postgres_url) as store:
+        workflow = store.create_workflow("w", "", {}, [], 0.0)
+        held = claim(store, workflow)
+        ahead = time.time() + 3600.0
+        monkeypatch.setattr(time, "time", lambda: ahead)
+        with pytest.raises(Held):
+            claim(store, workflow)
+        assert store.renew(held, 60.0, store.clock()) is None
 
 
 def test_a_stranger_is_waited_for(store, workflow):
