@@ -27,6 +27,9 @@ REUSED_AFTER = frozenset({Cause.DONE, Cause.USER_ERROR, Cause.DIVERGED, Cause.ST
 QUICK_SECONDS = 0.1
 """A worker whose last job took less is given the next ones before it asks."""
 
+RECALL_SECONDS = 0.5
+"""A job that takes longer gives back what waits behind it, if another worker idles."""
+
 WAITED = "it waited behind a job that took long or ended its worker"
 
 DEATH_SECONDS = 10.0
@@ -215,9 +218,11 @@ class Attempts:
             if first != running.tail.job:
                 continue
             self._pool.poll(running.slot, running.key, running.tail.acknowledged)
-            for job in behind:
-                # The first is not quick after all, so others can do these sooner.
-                self._pool.recall(running.slot, self.running[job].key)
+            shape = self._slots[running.slot].shape
+            if now - running.since > RECALL_SECONDS and self._slots.has_idle(shape):
+                # The first is not quick after all, and somebody else can do these sooner.
+                for job in behind:
+                    self._pool.recall(running.slot, self.running[job].key)
 
     def next_poll(self) -> float | None:
         return min((running.poll_at for running in self.running.values()), default=None)

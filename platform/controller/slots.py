@@ -152,6 +152,10 @@ class Slots:
                         self._give(slot, schedule, decision)
         return decision
 
+    def has_idle(self, shape: Resources) -> bool:
+        """Whether a worker of the shape waits for a job."""
+        return bool(self._idle[shape])
+
     def add_busy(self, shape: Resources, nodes: tuple[str, ...]) -> Slot:
         """Enter a worker that was found running, whatever else its node holds."""
         slot = self._add(shape, tuple((node, self._room(shape, node)) for node in nodes))
