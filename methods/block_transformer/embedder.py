@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from kvlab.methods.block_transformer.params import BlockTransformerParams
 from kvlab.methods.block_transformer.sizes import Sizes
 
-CLS = 0
-"""The id in front of a block whose encoder outputs are kept (the beginning-of-text id)."""
 HEAD_DIM = 32
 
 
@@ -53,14 +51,15 @@ class EncoderEmbedder(Embedder):
         sizes: of the model; its embedding width is the encoder's width.
         length: L_B.
         layers: of the encoder.
-        cls: 0 keeps the outputs of the L_B tokens; otherwise so many CLS rows stand in front and
-            theirs alone are kept, so that the projection does not depend on L_B.
+        cls: 0 keeps the outputs of the L_B tokens; otherwise so many rows of the beginning-of-text
+            id stand in front and theirs alone are kept, so that the projection does not depend on
+            L_B.
     """
 
     def __init__(self, sizes: Sizes, length: int, layers: int, cls: int) -> None:
         super().__init__()
         width = sizes.embedding_width
-        self.cls = cls
+        self.cls, self.bos = cls, sizes.block.bos_id
         self.table = nn.Embedding(sizes.block.vocab_size, width)
         self.places = nn.Embedding(length + cls, width)
         self.norm = nn.LayerNorm(width)
@@ -73,7 +72,7 @@ class EncoderEmbedder(Embedder):
         self.projection = fan_in_linear(width * (cls or length), sizes.block.width)
 
     def forward(self, blocks: Tensor) -> Tensor:
-        ids = F.pad(blocks.reshape(-1, blocks.shape[-1]), (self.cls, 0), value=CLS)
+        ids = F.pad(blocks.reshape(-1, blocks.shape[-1]), (self.cls, 0), value=self.bos)
         x = self.norm(self.table(ids) + self.places.weight[: ids.shape[1]])
         for layer in self.layers:
             x = layer(x)

@@ -19,7 +19,7 @@ from kvlab.methods.cache.interface import Cache
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.model import Decoder
 from kvlab.methods.model import LanguageModel, Score, Session
-from kvlab.methods.packing import PAD, Documents, Packer
+from kvlab.methods.packing import Documents, Packer
 
 
 class BlockTransformer(LanguageModel):
@@ -96,11 +96,13 @@ class BlockTransformer(LanguageModel):
         """
         length = self.params.block_length
         missing = -ids.shape[1] % length
-        blocks = torch.unflatten(F.pad(ids, (0, missing), value=PAD), 1, (-1, length))
+        blocks = torch.unflatten(
+            F.pad(ids, (0, missing), value=self.config.pad_id), 1, (-1, length)
+        )
         if valid is None:
             return blocks, None
         real = torch.unflatten(F.pad(valid, (0, missing), value=False), 1, (-1, length))
-        return blocks.masked_fill(~real, PAD), real
+        return blocks.masked_fill(~real, self.config.pad_id), real
 
     def contexts(self, blocks: Tensor, real: Tensor | None, cache: Cache | None = None) -> Tensor:
         """Return the block decoder's output [B, n, D] over blocks [B, n, L_B]."""

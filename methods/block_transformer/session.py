@@ -10,7 +10,6 @@ from kvlab.methods.axis import Method
 from kvlab.methods.block_transformer.model import BlockTransformer, block_positions
 from kvlab.methods.cache.opening import open_cache
 from kvlab.methods.model import Session
-from kvlab.methods.packing import PAD
 
 
 class BlockSession(Session):
@@ -32,14 +31,14 @@ class BlockSession(Session):
         apply: Method | None,
     ) -> None:
         batch, tokens = ids.shape
-        length = model.params.block_length
+        length, pad = model.params.block_length, model.config.pad_id
         self._model, self._length = model, length
         self._prompt = torch.tensor(batch * tokens) if valid is None else valid.sum()
         self._steps = 0
 
         missing = -tokens % length
         blocks, real = model.blocks(
-            F.pad(ids, (missing, 0), value=PAD),
+            F.pad(ids, (missing, 0), value=pad),
             None if valid is None else F.pad(valid, (missing, 0), value=False),
         )
         count = blocks.shape[1]
@@ -55,7 +54,7 @@ class BlockSession(Session):
             dtype=embedded.dtype,
         )
         self._rows = model.token_decoder.open(batch)
-        self._tokens = torch.full((batch, length), PAD, device=ids.device)
+        self._tokens = torch.full((batch, length), pad, device=ids.device)
         self._place = 0
         if positions is None:
             self._next = torch.full((batch, 1), count, device=ids.device)

@@ -16,9 +16,6 @@ from kvlab.methods.cache.interface import Cache
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.model import Decoder
 
-BOS = 0
-"""The id that stands before the first token of a block where a decoder needs one."""
-
 
 class Expansion(nn.Module):
     """A context vector as the vectors that the token decoder reads: [..., D] -> [..., n, D_t]."""
@@ -111,7 +108,7 @@ class SummationDecoder(TokenDecoder):
     """Vector j added to the embedding of the token before place j; BOS before place 0."""
 
     def _inputs(self, vectors: Tensor, tokens: Tensor) -> Tensor:
-        rows = self.decoder.embed(F.pad(tokens, (1, 0), value=BOS))
+        rows = self.decoder.embed(F.pad(tokens, (1, 0), value=self.decoder.config.bos_id))
         return rows + vectors[:, : rows.shape[1]]
 
     def _input(self, tokens: Tensor, place: int, vectors: Tensor) -> Tensor:
@@ -127,7 +124,7 @@ class CrossDecoder(TokenDecoder):
         return CrossAttendingDecoder(config)
 
     def _inputs(self, vectors: Tensor, tokens: Tensor) -> Tensor:
-        return self.decoder.embed(F.pad(tokens, (1, 0), value=BOS))
+        return self.decoder.embed(F.pad(tokens, (1, 0), value=self.decoder.config.bos_id))
 
     def _memory(self, vectors: Tensor) -> list[Tensor]:
         return self.decoder.memory(vectors)

@@ -37,6 +37,8 @@ class DecoderConfig:
         parallel: attention and MLP both read the layer's input (GPT-NeoX).
         rotary_fraction: leading share of each head that is rotated.
         windows: per layer attention window in tokens, None for full attention.
+        bos_id, pad_id: what a method puts before text, and where there is none, as the checkpoint's
+            tokenizer has them.
     """
 
     vocab_size: int
@@ -62,6 +64,8 @@ class DecoderConfig:
     tie_embeddings: bool = False
     windows: tuple[int | None, ...] | None = None
     init_std: float = 0.02
+    bos_id: int = 0
+    pad_id: int = 0
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "ffn_width"):
@@ -75,6 +79,9 @@ class DecoderConfig:
             )
         if self.windows is not None and len(self.windows) != self.layers:
             raise ConfigError(f"windows: needs one entry per layer ({self.layers})")
+        for name in ("bos_id", "pad_id"):
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                raise ConfigError(f"{name}: must be below vocab_size, found {getattr(self, name)}")
         if any(window is not None and window < 1 for window in self.windows or ()):
             raise ConfigError(f"windows: must be at least 1, found {self.windows}")
 

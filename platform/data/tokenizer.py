@@ -25,13 +25,21 @@ class Coder:
 
     Attributes:
         tokenizer: the `tokenizers` object, whose JSON is published with the data.
+        begin: the id that begins a document, where the tokenizer itself puts one in front of text.
         end: the id that ends a document. size: ids a model needs.
     """
 
     def __init__(self, tokenizer: Tokenizer, end: int) -> None:
         self.tokenizer, self.end = tokenizer, end
+        self.begin = _begin(tokenizer)
         self.size = max(tokenizer.get_vocab().values()) + 1
         self._widths = _widths(tokenizer, self.size)
+
+    @property
+    def opening(self) -> tuple[Ints, Ints]:
+        """What stands in front of every document: ids [0 or 1], which stand for no bytes."""
+        ids = np.asarray([] if self.begin is None else [self.begin], dtype=np.int32)
+        return ids, np.zeros_like(ids)
 
     def encode(self, texts: Sequence[str]) -> list[tuple[Ints, Ints]]:
         """Return for each text its ids [n] and the UTF-8 bytes [n] each token stands for.
@@ -99,6 +107,14 @@ def _byte_level(size: int | None, sample: Iterable[str]) -> Tokenizer:
     # Text that spells the end token is text: it must not end a document.
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def _begin(tokenizer: Tokenizer) -> int | None:
+    """The id that the tokenizer's own template puts in front of a text."""
+    text = "a"
+    bare = tokenizer.encode(text, add_special_tokens=False).ids
+    whole = tokenizer.encode(text).ids
+    return whole[0] if whole[: len(bare)] != bare and whole[1 : len(bare) + 1] == bare else None
 
 
 def _widths(tokenizer: Tokenizer, size: int) -> Ints | None:

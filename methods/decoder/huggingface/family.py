@@ -60,6 +60,15 @@ def linear(ours: str, *theirs: str, bias: bool, per_head: bool = False) -> Itera
         yield Names(f"{ours}.{part}", tuple(f"{name}.{part}" for name in theirs), per_head)
 
 
+def token_ids(settings: Settings, vocabulary: int) -> dict[str, int]:
+    """The ids that a config keeps; without one for padding the end of text stands there."""
+    end = settings.token("eos_token_id", vocabulary, 0)
+    return {
+        "bos_id": settings.token("bos_token_id", vocabulary, 0),
+        "pad_id": settings.token("pad_token_id", vocabulary, end),
+    }
+
+
 def write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
     """The `rope_scaling` entry of config.json."""
     if scaling is None:

@@ -12,6 +12,7 @@ from kvlab.methods.decoder.huggingface.family import (
     Family,
     Names,
     linear,
+    token_ids,
     write_scaling,
 )
 from kvlab.methods.decoder.huggingface.settings import Settings
@@ -25,8 +26,12 @@ def _read(settings: Settings) -> DecoderConfig:
     for dropout in ("attention_dropout", "hidden_dropout"):
         settings.expect(dropout, 0)
         settings.expect(f"{dropout}_prob", 0)
+    settings.assume(bos_token_id=0, eos_token_id=2)
+    vocabulary = settings.size("vocab_size")
+    ids: dict[str, Any] = token_ids(settings, vocabulary)
     config = DecoderConfig(
-        vocab_size=settings.size("vocab_size"),
+        vocab_size=vocabulary,
+        **ids,
         width=width,
         layers=settings.size("num_hidden_layers"),
         heads=heads,
@@ -69,6 +74,8 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_positions,
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.init_std,
+        "bos_token_id": config.bos_id,
+        "pad_token_id": config.pad_id,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
     }

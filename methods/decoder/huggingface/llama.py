@@ -13,6 +13,7 @@ from kvlab.methods.decoder.huggingface.family import (
     Family,
     Names,
     linear,
+    token_ids,
     write_scaling,
 )
 from kvlab.methods.decoder.huggingface.settings import CheckpointError, Settings
@@ -27,8 +28,10 @@ def _common(settings: Settings) -> dict[str, Any]:
             f"{settings.where}: 'partial_rotary_factor' {fraction} is not supported: must be 1"
         )
     settings.expect("attention_dropout", 0)
+    vocabulary = settings.size("vocab_size")
     return {
-        "vocab_size": settings.size("vocab_size"),
+        "vocab_size": vocabulary,
+        **token_ids(settings, vocabulary),
         "width": width,
         "layers": settings.size("num_hidden_layers"),
         "heads": heads,
@@ -46,6 +49,7 @@ def _common(settings: Settings) -> dict[str, Any]:
 
 
 def _read_llama(settings: Settings) -> DecoderConfig:
+    settings.assume(bos_token_id=1, eos_token_id=2)
     bias = settings.take("attention_bias", bool, False)
     mlp_bias = settings.take("mlp_bias", bool, False)
     common = _common(settings)
@@ -54,7 +58,7 @@ def _read_llama(settings: Settings) -> DecoderConfig:
 
 
 def _read_mistral(settings: Settings) -> DecoderConfig:
-    settings.assume(num_key_value_heads=8, sliding_window=4096)
+    settings.assume(num_key_value_heads=8, sliding_window=4096, bos_token_id=1, eos_token_id=2)
     settings.expect("attention_bias", False)
     window = settings.maybe("sliding_window", int)
     common = _common(settings)
@@ -117,6 +121,8 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_positions,
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.init_std,
+        "bos_token_id": config.bos_id,
+        "pad_token_id": config.pad_id,
         "attention_dropout": 0.0,
     }
 

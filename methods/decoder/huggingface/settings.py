@@ -13,7 +13,7 @@ from kvlab.methods.decoder.config import RopeScaling
 HARMLESS = frozenset(
     {
         "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache",
-        "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id",
+        "unk_token_id", "sep_token_id",
         "decoder_start_token_id", "classifier_dropout", "is_decoder", "is_encoder_decoder",
         "pretraining_tp", "torchscript", "task", "return_dict", "output_attentions",
         "output_hidden_states", "id2label", "label2id", "problem_type", "_name_or_path",
@@ -80,6 +80,16 @@ class Settings:
         if found < 1:
             raise CheckpointError(f"{self.where}: '{key}' must be at least 1, found {found}")
         return found
+
+    def token(self, key: str, vocabulary: int, default: int) -> int:
+        """Remove and return a token's id; the default where there is none (null, or -1).
+
+        Of several (a list of ends) it is the first.
+        """
+        found = self._left.pop(key, None)
+        found = found[0] if isinstance(found, list) and found else found
+        usable = isinstance(found, int) and not isinstance(found, bool) and 0 <= found < vocabulary
+        return found if usable else default
 
     def choose(self, key: str, choices: Mapping[str, T]) -> T:
         """Remove a name and return what it stands for; a name that is not listed is refused."""

@@ -48,6 +48,8 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
         coded = iter(coder.encode([segment.text for d in batch for segment in d]))
         for document in batch:
             pieces = [(*next(coded), segment.counts) for segment in document]
+            if any(len(ids) for ids, _, _ in pieces):
+                pieces.insert(0, (*coder.opening, False))
             if limit is None or train.total + heldout.total < limit:
                 (heldout if holdout.held_out(document, share) else train).add(pieces)
         done = train.total + heldout.total
@@ -63,6 +65,7 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
     _check(spec, parts)
     result = {
         "vocab_size": coder.size,
+        "beginning_of_text": coder.begin,
         "end_of_text": coder.end,
         "documents": parts["train"]["documents"] + parts["heldout"]["documents"],
         **{f"{name}_{key}": n for name, part in parts.items() for key, n in part.items()},

@@ -153,3 +153,36 @@ def test_a_model_is_stored_and_loaded(
     assert again.method.to_dict() == model.method.to_dict()
     with torch.no_grad():
         assert torch.equal(again(row).nll, model(row).nll)
+
+
+@pytest.mark.parametrize("token_decoder", ["prefix", "summation", "cross_attention"])
+@pytest.mark.parametrize("embedder", ["lookup", "cls"])
+def test_the_ids_of_the_tokenizer_are_used(
+    config: DecoderConfig, ids: Callable[..., Tensor], token_decoder: str, embedder: str
+) -> None:
+    """A model whose vocabulary is turned by 5 gives what the other gave: no id is wired in."""
+    method = resolve(
+        {
+            "block_transformer": {
+                "encoder_width": 32, "token_decoder": token_decoder, "embedder": embedder,
+            }
+        }
+    )  # fmt: skip
+    torch.manual_seed(0)
+    plain = BlockTransformer(config, method).eval()
+    turned = BlockTransformer(config.with_(bos_id=5, pad_id=5), method).eval()
+    state = plain.state_dict()
+    tables = ("embedder.table.weight", "decoder.embedding.weight", "decoder.output.weight")
+    turned.load_state_dict({k: v.roll(5, 0) if k.endswith(tables) else v for k, v in state.items()})
+    text = ids(2, 10)
+    other = (text + 5) % config.vocab_size
+    valid = torch.ones(2, 10, dtype=torch.bool)
+    valid[1, :3] = False
+    with torch.no_grad():
+        torch.testing.assert_close(turned(other, valid).nll, plain(text, valid).nll)
+        one, two = (m.start(x, valid, new_tokens=5) for m, x in ((plain, text), (turned, other)))
+        for _ in range(5):
+            torch.testing.assert_close(two.logits, one.logits.roll(5, -1))
+            token = one.logits.argmax(-1)
+            one.step(token)
+            two.step((token + 5) % config.vocab_size)

@@ -70,6 +70,26 @@ def test_bytes_are_exact_without_a_byte_level_vocabulary(tmp_path):
         assert int(widths.sum()) == (len(text.encode()) if len(ids) else 0)
 
 
+@pytest.mark.parametrize(
+    ("template", "begin"),
+    [("<s> $A", 1), ("<s> $A </s>", 1), ("$A </s>", None), ("$A", None)],
+)
+def test_a_beginning_of_text_is_the_tokenizers_own(tmp_path, template, begin):
+    from tokenizers import processors
+
+    made = tokenizer.make({"bpe": 300}, iter(TEXTS * 20)).tokenizer
+    special = [(name, made.token_to_id(letter)) for name, letter in (("<s>", "!"), ("</s>", '"'))]
+    made.post_processor = processors.TemplateProcessing(template, special_tokens=special)
+    made.save(str(tmp_path / "tokenizer.json"))
+    coder = tokenizer.make({"path": str(tmp_path)}, ())
+    assert coder.begin == begin
+    ids, widths = coder.opening
+    assert ids.tolist() == [begin] * (begin is not None)
+    assert widths.sum() == 0
+    for ids, _ in bytes_per_token(coder):
+        assert begin is None or begin not in ids[:1]
+
+
 def test_bad_tokenizers_are_one_line(tmp_path):
     with pytest.raises(DataError, match=r"no tokenizer\.json there"):
         tokenizer.make({"path": str(tmp_path)}, ())

@@ -52,6 +52,28 @@ def test_artifacts_hold_every_document_on_its_side(tmp_path):
         assert read.vocab_size == result["vocab_size"] <= 280
 
 
+def test_documents_begin_as_the_tokenizer_has_it(tmp_path):
+    from tokenizers import Tokenizer, processors
+
+    write(tmp_path / "in")
+    (tmp_path / "in" / "empty.txt").write_text("")
+    bare = run(tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    special = [("<s>", tokenizer.token_to_id("!"))]
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=special)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    result = run(tmp_path, "begun", tokenizer={"path": str(tmp_path / "tokenizer.json")})
+    assert (bare["beginning_of_text"], result["beginning_of_text"]) == (None, special[0][1])
+    for part in ("train", "heldout"):
+        before = load_file(tmp_path / "out" / f"{part}.safetensors")
+        after = load_file(tmp_path / "begun" / f"{part}.safetensors")
+        starts = [0, *after["ends"].tolist()[:-1]]
+        assert (after["tokens"][starts] == special[0][1]).all()
+        assert not after["counts"][starts].any()
+        assert (after["bytes"][starts] == 0).all()
+        assert after["tokens"][after["counts"]].equal(before["tokens"])
+
+
 def test_two_runs_write_the_same_bytes(tmp_path):
     write(tmp_path / "in")
     run(tmp_path, "one")

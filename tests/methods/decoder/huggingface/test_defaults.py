@@ -84,3 +84,21 @@ def test_keys_that_say_nothing(tmp_path: Path) -> None:
     said = {"tokenizer_class": "LlamaTokenizer", "attention_bias": False}
     assert understood(raw | said, tmp_path) == understood(raw, tmp_path)
     assert "'attention_bias' True" in str(understood(raw | {"attention_bias": True}, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("said", "ids"),
+    [
+        ({}, (1, 2)),
+        ({"pad_token_id": 7, "bos_token_id": 5}, (5, 7)),
+        ({"pad_token_id": -1, "eos_token_id": [9, 8]}, (1, 9)),
+        ({"bos_token_id": None, "eos_token_id": None}, (0, 0)),
+    ],
+)
+def test_token_ids(said: dict[str, Any], ids: tuple[int, int], tmp_path: Path) -> None:
+    raw = completed("Llama", {"architectures": ["LlamaForCausalLM"]})
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        del raw[key]
+    read = understood(raw | said, tmp_path)
+    assert isinstance(read, DecoderConfig)
+    assert (read.bos_id, read.pad_id) == ids
