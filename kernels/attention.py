@@ -100,15 +100,16 @@ def attend(
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """Attention by the fastest kernel that torch has for it."""
+    if q.shape[2] == 1:
+        return _attend_folded(q, k, v, mask)
     group = q.shape[1] // k.shape[1]
-    on_cpu = q.device.type == "cpu"
-    if mask is None and (causal or q.shape[2] > 1):
+    if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=group > 1)
-    if mask is not None and on_cpu and q.shape[2] > 1:
-        if mask.shape[1] > 1:
-            mask = mask.repeat_interleave(group, dim=1)
-        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=group > 1)
-    return _attend_folded(q, k, v, mask)
+    if q.device.type != "cpu":
+        return _attend_folded(q, k, v, mask)
+    if mask.shape[1] > 1:
+        mask = mask.repeat_interleave(group, dim=1)
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=group > 1)
 
 
 def _attend_folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
