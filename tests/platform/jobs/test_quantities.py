@@ -35,7 +35,10 @@ def test_durations(written: object, value: float) -> None:
 
 
 @pytest.mark.parametrize("parse", [parse_count, parse_bytes, parse_duration])
-@pytest.mark.parametrize("written", ["", "many", "1 0", "-", "k", None, True, [], {}, "1e", "0x10", "1k\n", "1s\n", "1B\n", "٣k"])
+@pytest.mark.parametrize(
+    "written",
+    ["", "many", "1 0", "-", "k", None, True, [], {}, "1e", "0x10", "1k\n", "1s\n", "1B\n", "٣k"],
+)
 def test_what_is_no_quantity(parse: object, written: object) -> None:
     with pytest.raises(PydanticCustomError):
         parse(written)  # type: ignore[operator]
