@@ -13,11 +13,12 @@ KEY := $(shell cat pyproject.toml $(LOCK) | sha256sum | cut -c1-16)
 READY := $(VENV)/.ready-$(KEY)
 BENCH_READY := $(VENV)/.ready-bench-$(KEY)
 
-.PHONY: help setup demo test lint bench bench-gpu lock clean
+.PHONY: help setup demo test faults lint bench bench-gpu lock clean
 
 help:
 	@echo "make demo       set up, train and compare the quickstart's models, write report.html"
 	@echo "make test       set up, run the tests (ARGS='-k decoder' is passed on)"
+	@echo "make faults     kill workers, controllers and drivers at 20 random instants each"
 	@echo "make lint       ruff, mypy, import-linter"
 	@echo "make bench      kvlab beside Ray Tune, MLflow and transformers, in one run"
 	@echo "make bench-gpu  the measurements that need a GPU"
@@ -42,6 +43,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+
+faults: $(READY)
+	KVLAB_RANDOM_KILLS=20 $(BIN)/python -m pytest tests/platform/controller/test_faults.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
     python drive.py HOME URL WORKFLOW ADDRESS [LABEL]
 
 With LABEL as a controller on a cluster: its workers, named by it, outlive it. With KVLAB_FAULT_MARK
-its workers inherit the fault, as those of a local run do.
+its workers inherit the fault, as those of a local run do; with DRIVE_MIRROR it feeds MLflow.
 """
 
 import json
@@ -14,6 +14,7 @@ import ray
 
 from kvlab.db.store import Store
 from kvlab.platform.controller.controller import Controller
+from kvlab.platform.controller.launch import mirror_of
 from kvlab.platform.controller.pool import Pool
 from kvlab.platform.home import Home
 
@@ -31,9 +32,12 @@ def main(root: str, url: str, workflow: str, address: str, label: str = "") -> N
         runtime_env={"env_vars": handed_on} if FAULT[1] in handed_on else None,
     )
     home = Home.find(root, url)
+    mirror = mirror_of(home) if "DRIVE_MIRROR" in os.environ else None
     pool = Pool(home, detached=True, label=label) if label else None
     with Store.open(url) as store:
-        controller = Controller(home, store, int(workflow), detached=bool(label), pool=pool)
+        controller = Controller(
+            home, store, int(workflow), detached=bool(label), pool=pool, mirror=mirror
+        )
         outcome = controller.run()
     print(json.dumps({"state": outcome.state}))
 
