@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ PROGRESS = "progress.json"
 
 
 class CheckpointError(KvlabError):
-    """A checkpoint that cannot be read, or belongs to another model."""
+    """A checkpoint that belongs to another model."""
 
 
 def collect(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -49,7 +51,9 @@ def restore(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -
     """Put a checkpoint's state in place and return its progress.
 
     Raises:
-        CheckpointError: files are missing, damaged, or of another model.
+        CheckpointError: it is of another model.
+        OSError: it cannot be read now, or is damaged. Damaged, it is removed: the next attempt
+            takes an older one or begins anew.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -57,8 +61,11 @@ def restore(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -
     try:
         tensors = load_file(folder / TENSORS)
         progress: dict[str, Any] = json.loads((folder / PROGRESS).read_text())
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint {folder}: not readable ({error})") from None
+    except (FileNotFoundError, ValueError, RecursionError, SafetensorError) as error:
+        if "os error" in str(error).lower():  # the disk's, not the content's
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+        raise OSError(errno.EIO, f"checkpoint {folder}: not readable, removed ({error})") from None
     trained = dict(_trained(module))
     wanted = {f"model.{name}" for name in trained}
     found = {name for name in tensors if name.startswith("model.")}

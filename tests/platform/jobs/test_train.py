@@ -1,5 +1,6 @@
 """Training: exact resumption, the right gradient, divergence, and what is published."""
 
+import errno
 import json
 from itertools import pairwise
 
@@ -7,11 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kvlab.db.states import Cause
 from kvlab.methods.store import load, save
 from kvlab.platform.jobs.context import Diverged, JobError, Stopped
 from kvlab.platform.jobs.local import LocalContext, run_cell
 from kvlab.platform.jobs.train.run import run
+from kvlab.platform.jobs.training import checkpoint
 from kvlab.platform.jobs.training.optimizer import learning_rate
+from kvlab.platform.worker.causes import classify
 
 
 def weights(folder):
@@ -82,8 +86,27 @@ def test_a_checkpoint_of_another_model_is_refused(data, train_spec, block, tmp_p
     with pytest.raises(Exception, match="is of another model"):
         run_cell("train", other, {"data": data}, tmp_path / "two", checkpoints=kept)
     (kept / "10" / "state.safetensors").write_bytes(b"torn")
-    with pytest.raises(Exception, match=r"checkpoint .* not readable"):
+    with pytest.raises(OSError, match=r"checkpoint .* not readable") as failed:
         run_cell("train", spec, {"data": data}, tmp_path / "three", checkpoints=kept)
+    # The next attempt does not meet it again.
+    assert classify(failed.value)[0] is Cause.INFRASTRUCTURE
+    assert not (kept / "10").exists()
+    run_cell("train", spec, {"data": data}, tmp_path / "four", checkpoints=kept)
+    assert (kept / "10" / "state.safetensors").stat().st_size > 1000
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_kept(tmp_path, monkeypatch):
+    """An I/O error says nothing about the content."""
+
+    def fails(path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr("safetensors.torch.load_file", fails)
+    module = torch.nn.Linear(1, 1)
+    with pytest.raises(OSError, match="Input/output") as failed:
+        checkpoint.restore(tmp_path, module, torch.optim.SGD(module.parameters()))
+    assert classify(failed.value)[0] is Cause.INFRASTRUCTURE
+    assert tmp_path.is_dir()
 
 
 def test_training_learns_and_the_result_is_whole(data, train_spec, base):
