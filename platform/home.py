@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from urllib.parse import quote
 
 from kvlab import KvlabError
+
+LONGEST_NAME = 150
+"""Characters of a cell's name that are kept in the name of its log."""
 
 _FOLDERS = ("artifacts", "checkpoints", "spool", "work", "logs")
 
@@ -70,7 +74,12 @@ class Home:
         return self.root / "logs" / str(workflow_id)
 
     def log(self, workflow_id: int, cell: str, attempt: int, rank: int = 0) -> Path:
-        """The log of one attempt; `cell` may hold anything, the file name does not."""
-        safe = re.sub(r"[^\w.,=\[\]-]", "_", cell)[:150]
+        """The log of one attempt; `cell` may hold anything, the file name does not.
+
+        A digest keeps names apart that differ in what was replaced or cut off.
+        """
+        safe = re.sub(r"[^\w.,=\[\]-]", "_", cell)[:LONGEST_NAME]
+        if safe != cell:
+            safe += f"~{sha256(cell.encode('utf-8', 'replace')).hexdigest()[:8]}"
         suffix = f".rank{rank}" if rank else ""
         return self.logs(workflow_id) / f"{safe}-{attempt}{suffix}.log"

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvlab import KvlabError
-from kvlab.db.states import TERMINAL
+from kvlab.db.states import TERMINAL, WorkflowState
 
 if TYPE_CHECKING:
-    from kvlab.db.rows import JobStatus, Status
+    from kvlab.db.rows import JobStatus, Status, WorkflowRow
     from kvlab.platform.home import Home
 
 FOLLOW_SECONDS = 0.5
@@ -41,9 +41,15 @@ def command(
             chosen = _chosen(status, job)
             for one in chosen:
                 _print(home, number, one, read, titled=len(chosen) > 1)
-            if not follow or all(one.state in TERMINAL for one in chosen):
+            if not follow or _over(status.row) or all(one.state in TERMINAL for one in chosen):
                 return
             time.sleep(FOLLOW_SECONDS)
+
+
+def _over(row: WorkflowRow) -> bool:
+    """Whether nobody runs the workflow: it ended, or its controller's lease did."""
+    lapsed = row.expires_at is not None and row.expires_at < time.time()
+    return row.state is not WorkflowState.RUNNING or lapsed
 
 
 def _chosen(status: Status, job: str | None) -> list[JobStatus]:

@@ -39,7 +39,7 @@ def tokens_of(path: Path) -> dict[str, int]:
         if isinstance(vocabulary, list):  # unigram models list [token, score]
             vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
         return {**vocabulary, **{t["content"]: t["id"] for t in raw.get("added_tokens", ())}}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise DataError(f"tokenizer {file}: not a tokenizer.json ({error!r:.80})") from None
 
 

@@ -113,7 +113,7 @@ def _corrupt(file: Path) -> str | None:
             header = json.loads(stream.read(length))
             ends = [t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"]
             promised = 8 + length + max(ends, default=0)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        except (ValueError, RecursionError, KeyError, TypeError, IndexError, AttributeError):
             return "its header is not the JSON of one"
     return None if promised == size else f"its header promises {promised} bytes, found {size}"
 
@@ -142,7 +142,7 @@ def file_digest(path: Path) -> str:
 def _json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"checkpoint: {path} is not readable JSON ({error})") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"checkpoint: {path} is not a JSON object")
