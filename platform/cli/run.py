@@ -40,5 +40,5 @@ def command(
     from kvlab.platform.spec.read import load_graph
 
     home = Home.find()
-    graph = load_graph(file, home=home.root, remember=True, cluster=address)
+    graph = load_graph(file, home=home.root, remember=True, cluster=address, cpus=cpus)
     go(home, graph, address, detach, cpus, mlflow, html, as_json)

@@ -18,6 +18,7 @@ from typing import Any, TextIO, cast
 import ray
 
 from kvlab.platform.controller.pool import NAMESPACE
+from kvlab.platform.spec import machine
 
 OBJECT_STORE_BYTES = 100 << 20
 """Messages are small and go past it; artifacts are files."""
@@ -67,7 +68,7 @@ def local_ray(cpus: int | None = None) -> Iterator[None]:
         ray.init(
             address="local",
             namespace=NAMESPACE,
-            num_cpus=cpus,
+            num_cpus=cpus or machine.cpus(),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from kvlab.platform.graph import Resources
 
 _NVIDIA = Path("/proc/driver/nvidia")
 _PROCESSORS = Path("/proc/cpuinfo")
+_SHARE = Path("/sys/fs/cgroup/cpu.max")
 
 
 @lru_cache(maxsize=1)
@@ -43,8 +45,22 @@ def _field(path: Path, name: str) -> str:
     return ""
 
 
-def describe(resources: Resources, cluster: str | None = None) -> dict[str, Any]:
+def cpus() -> int:
+    """CPUs that this process may use: those it is bound to, within its container's share."""
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):
+        quota, period = _SHARE.read_text().split()
+        own = min(own, max(1, int(quota) // int(period)))  # "max" is no number: no limit
+    return own
+
+
+def describe(
+    resources: Resources, cluster: str | None = None, limit: int | None = None
+) -> dict[str, Any]:
     """Return device, threads and driver as a job with these resources would find them here.
+
+    Args:
+        limit: CPUs that jobs may have (`--cpus`); None: all that there are.
 
     Of a cluster only its address is known before a job runs: numbers measured there are reused
     there alone.
@@ -52,7 +68,7 @@ def describe(resources: Resources, cluster: str | None = None) -> dict[str, Any]
     if cluster is not None:
         return {"cluster": cluster, "gpus": resources.gpus, "threads": resources.cpus}
     gpu = _gpu() if resources.gpus else None
-    threads = os.cpu_count() or 1 if resources.exclusive else resources.cpus
+    threads = (limit or cpus()) if resources.exclusive else resources.cpus
     if gpu is not None:
         return {"device": gpu[0], "threads": threads, "driver": gpu[1]}
     return {"device": _processor(), "threads": threads, "driver": None}

@@ -20,6 +20,9 @@ from kvlab.platform.spec.settings import ReportSettings, retries_of
 from kvlab.platform.spec.surroundings import shared_data, shared_model
 from kvlab.platform.spec.workflow import Workflow, read_workflow
 
+Machine = tuple[str | None, int | None]
+"""Who measures: the cluster (None: this machine), and how many CPUs jobs may have there."""
+
 
 def load_graph(
     source: Path | str,
@@ -27,6 +30,7 @@ def load_graph(
     home: Path | None = None,
     remember: bool = False,
     cluster: str | None = None,
+    cpus: int | None = None,
 ) -> Graph:
     """Read, check, expand, join and identify a workflow.
 
@@ -36,12 +40,13 @@ def load_graph(
         home: KVLAB_HOME, where digests of large files are remembered; None: everything is read.
         remember: write new digests there. Only a run does.
         cluster: address of the cluster that will measure; None: this machine will.
+        cpus: CPUs that jobs may have here; None: all.
 
     Raises:
         WorkflowError: with every mistake, each with its line and YAML path.
     """
     contents = Contents(home, write=remember)
-    graph = _graph(source, contents, identified=True, cluster=cluster)
+    graph = _graph(source, contents, identified=True, machine=(cluster, cpus))
     contents.save()
     return graph
 
@@ -58,7 +63,7 @@ def check(source: Path | str) -> Graph:
 
 
 def _graph(
-    source: Path | str, contents: Contents, *, identified: bool, cluster: str | None = None
+    source: Path | str, contents: Contents, *, identified: bool, machine: Machine = (None, None)
 ) -> Graph:
     if isinstance(source, Path):
         text, folder, file = read_text(source), source.parent, str(source)
@@ -73,7 +78,7 @@ def _graph(
     drafts = expansion.run() if workflow.jobs else []
     if workflow.problems:
         raise WorkflowError(workflow.problems)
-    cells = _cells(expansion, drafts, identified, cluster)
+    cells = _cells(expansion, drafts, identified, machine)
     report: ReportSettings = workflow.top["report"]
     return Graph(workflow.top["name"], text, tuple(cells), report.model_dump(mode="json"))
 
@@ -94,7 +99,7 @@ def _check_report(workflow: Workflow) -> None:
 
 
 def _cells(
-    expansion: Expansion, drafts: list[Draft], identified: bool, cluster: str | None
+    expansion: Expansion, drafts: list[Draft], identified: bool, machine: Machine
 ) -> list[Cell]:
     """Return the graph's cells; without identities unless `identified`."""
     identities: dict[str, str] = {}
@@ -104,7 +109,7 @@ def _cells(
         identities[IMPLICIT] = cells[0].identity
     short = {**expansion.short, SEED: SEED}
     for draft in drafts:
-        identity, parts = _identity(draft, identities, cluster) if identified else ("", {})
+        identity, parts = _identity(draft, identities, machine) if identified else ("", {})
         identities[draft.name] = identity
         cells.append(
             Cell(
@@ -148,7 +153,7 @@ def _data_cell(spec: Mapping[str, Any], identified: bool) -> Cell:
 
 
 def _identity(
-    draft: Draft, identities: Mapping[str, str], cluster: str | None
+    draft: Draft, identities: Mapping[str, str], machine: Machine
 ) -> tuple[str, dict[str, str]]:
     kind = KINDS[draft.job.kind]
     return identify(
@@ -156,7 +161,7 @@ def _identity(
         draft.spec,
         {role: identities[name] for role, name in draft.parents.items()},
         code_digest(kind.sources(draft.spec)),
-        describe(draft.resources, cluster) if kind.measured else None,
+        describe(draft.resources, *machine) if kind.measured else None,
         kind.incidental,
         kind.libraries(draft.spec),
     )

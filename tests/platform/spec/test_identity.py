@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 
 from kvlab.platform.graph import Cell
 from kvlab.platform.jobs import KINDS
-from kvlab.platform.spec import identity
+from kvlab.platform.spec import identity, machine
 from kvlab.platform.spec.identity import changed, code_digest, explain, identify
 from kvlab.platform.spec.read import load_graph
 
@@ -246,3 +247,24 @@ def test_why_names_the_parts_that_changed(good: str) -> None:
     assert names == ["model", "tokens", "parent data"]
     said = [explain(name, before, now) for name in names]
     assert said == ["model", "tokens 400000 -> 1000000", "parent data"]
+
+
+def test_fewer_cpus_are_another_machine(good: str) -> None:
+    """`--cpus 1` gives a benchmark one thread, so its numbers are not those of all CPUs."""
+    for limit, threads in ((1, "1"), (None, str(machine.cpus()))):
+        speed = [c for c in load_graph(good, cpus=limit).cells if c.kind == "benchmark"]
+        assert {c.parts["machine threads"] for c in speed} == {threads}
+    one, other = (
+        {c.name: c.identity for c in load_graph(good, cpus=limit).cells} for limit in (1, 7)
+    )
+    assert {name for name in one if one[name] != other[name]} == {c.name for c in speed}
+
+
+def test_a_containers_share_of_the_cpus_counts(tmp_path: Path, monkeypatch: Any) -> None:
+    share = tmp_path / "cpu.max"
+    monkeypatch.setattr(machine, "_SHARE", share)
+    for text, expected in (("100000 100000", 1), ("150000 100000", 1), ("1000 100000", 1)):
+        share.write_text(text)
+        assert machine.cpus() == expected
+    share.write_text("max 100000")
+    assert machine.cpus() == len(os.sched_getaffinity(0))
