@@ -40,9 +40,10 @@ name: killed
 jobs:
   a: {{noop: {{points: {STEPS}, checkpoints: 3, sleep: 0.9}}}}
   quick: {{noop: {{points: 2}}}}
-  b: {{noop: {{points: {STEPS}, checkpoints: 3, sleep: 0.9}}, needs: [a]}}
-  c: {{noop: {{points: 2}}, needs: [a, quick]}}
+  b: {{noop: {{points: {STEPS}, checkpoints: 3, sleep: 0.8}}, needs: [a]}}
+  c: {{noop: {{points: 2, sleep: 0.01}}, needs: [a, quick]}}
 """
+"""No two jobs alike: of those one would be run and the other reuse its result."""
 KVLAB = [sys.executable, "-c", "from kvlab.platform.cli.main import main; main()"]
 
 
