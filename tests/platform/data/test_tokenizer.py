@@ -102,3 +102,9 @@ def test_bad_tokenizers_are_one_line(tmp_path):
         tokenizer.make({"path": str(file)}, ())
     with pytest.raises(DataError, match="bpe must be at least 257, found 100"):
         tokenizer.make({"bpe": 100}, ())
+
+
+def test_a_tokenizer_nested_without_end_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(DataError, match=r"not a tokenizer\.json"):
+        vocabulary.tokens_of(tmp_path)
