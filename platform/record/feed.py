@@ -28,6 +28,7 @@ EVERY_SECONDS = 1.0
 SEND_SECONDS = 60.0
 FINISH_SECONDS = 15.0
 RETRY_SECONDS = 30.0
+LEAVE_SECONDS = 1.0
 POINTS = 5_000
 """Points that one message holds at most."""
 JOBS = 100
@@ -60,6 +61,7 @@ class Feed:
         self._workflow_pending = True
         self._marks: list[Mark] = []
         self._error: str | None = None
+        self._mirror: Any = None
         self._urgent = self._held_back = self._closed = self._gave_up = False
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
 
@@ -118,17 +120,23 @@ class Feed:
         )
 
     def close(self) -> None:
-        """Stop sending."""
+        """Stop sending. Ray may be shut down afterwards."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(LEAVE_SECONDS)
+        if self._thread.is_alive():
+            # Ray ends the process when a thread still waits for an answer as it is shut down.
+            _end(self._mirror)
+            self._thread.join(SEND_SECONDS)
 
     def _owing(self) -> bool:
         return bool(self._pending or self._sending or self._workflow_pending)
 
     def _run(self) -> None:
         assert self._make is not None
-        mirror, pause = None, EVERY_SECONDS
+        pause = EVERY_SECONDS
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._urgent, pause)
@@ -144,13 +152,13 @@ class Feed:
                 continue
             marks: list[Mark] = []
             try:
-                mirror = mirror or self._make()
-                marks = self._send(mirror, workflow, jobs)
+                self._mirror = self._mirror or self._make()
+                marks = self._send(self._mirror, workflow, jobs)
                 pause = 0.0 if more else EVERY_SECONDS
             except Exception as error:  # whatever MLflow or its actor may raise: it is a mirror
                 if not isinstance(error, RayTaskError):
-                    _end(mirror)
-                    mirror = None
+                    _end(self._mirror)
+                    self._mirror = None
                 with self._changed:
                     self._pending |= self._sending
                     self._workflow_pending |= told

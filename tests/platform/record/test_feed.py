@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -14,6 +15,7 @@ from kvlab.db.store import Store
 from kvlab.platform.controller.controller import Controller
 from kvlab.platform.controller.local import local_ray
 from kvlab.platform.home import Home
+from kvlab.platform.record import feed
 from kvlab.platform.tracking.mirror import Mirror
 
 pytestmark = pytest.mark.ray
@@ -40,6 +42,26 @@ def points(client, workflow):
         for run in runs
         if "kvlab.job_id" in run.data.tags
     }
+
+
+class Silent:
+    """An actor that takes messages and never answers."""
+
+    def send(self, batch):
+        threading.Event().wait()
+
+
+def test_a_mirror_that_never_answers_does_not_outlive_its_controller(home, monkeypatch):
+    monkeypatch.setattr(feed, "FINISH_SECONDS", 0.5)
+    jobs = [NewJob("a", "a", "noop", {"sleep": 0, "points": 1, "fail": None}, {}, {}, (), "a", {})]
+    with local_ray(1), Store.open(home.url) as store:
+        actor = ray.remote(num_cpus=0)(Silent)
+        number = store.create_workflow("silent", "", {}, jobs, time.time())
+        outcome = Controller(home, store, number, mirror=actor.remote).run()
+        assert outcome.state is WorkflowState.DONE
+        assert "MLflow lacks 1 jobs" in outcome.mirror
+        # Ray would end this process if it were still waiting.
+        assert "mirror" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_mlflow_down_then_up_then_again(home, tmp_path):
