@@ -198,8 +198,7 @@ class Attempts:
         self.moved(verdict.moves)
         fit = not kill and cause in REUSED_AFTER and (running.workers == 1 or done)
         self._leave(running, fit, now, quick=done)
-        checkpointed = running.tail.checkpoint is not None or attempt > 1
-        self._ledger.then(lambda: self._clean(job, attempt, done and checkpointed))
+        self._ledger.then(lambda: self._clean(job, attempt, done))
 
     def moved(self, moves: list[Move]) -> None:
         """Store moves that followed from something."""
@@ -371,8 +370,8 @@ class Attempts:
             running.slot, running.asked = None, True
             self.end(job, {"cause": Cause.STOPPED, "message": WAITED}, now, worked_until=0.0)
 
-    def _clean(self, job: int, attempt: int, checkpointed: bool) -> None:
+    def _clean(self, job: int, attempt: int, done: bool) -> None:
         self._home.spool(job, attempt).unlink(missing_ok=True)
         artifacts.remove(self._home.work(job, attempt))
-        if checkpointed:
+        if done:
             forget_checkpoints(self._home, self._jobs[job].identity, job)
