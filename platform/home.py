@@ -58,20 +58,20 @@ class Home:
             ) from error
 
     def artifact(self, identity: str) -> Path:
-        return self.root / "artifacts" / identity
+        return self.root.joinpath("artifacts", identity)
 
     def checkpoints(self, identity: str, job_id: int) -> Path:
         """Checkpoints are a job's own: another workflow's would come without their points."""
-        return self.root / "checkpoints" / identity / str(job_id)
+        return self.root.joinpath("checkpoints", identity, str(job_id))
 
     def spool(self, job_id: int, attempt: int) -> Path:
-        return self.root / "spool" / f"{job_id}-{attempt}.jsonl"
+        return self.root.joinpath("spool", f"{job_id}-{attempt}.jsonl")
 
     def work(self, job_id: int, attempt: int) -> Path:
-        return self.root / "work" / f"{job_id}-{attempt}"
+        return self.root.joinpath("work", f"{job_id}-{attempt}")
 
     def logs(self, workflow_id: int) -> Path:
-        return self.root / "logs" / str(workflow_id)
+        return self.root.joinpath("logs", str(workflow_id))
 
     def log(self, workflow_id: int, cell: str, attempt: int, rank: int = 0) -> Path:
         """The log of one attempt; `cell` may hold anything, the file name does not.

@@ -176,8 +176,8 @@ class Pool:
         for actor, assignment in zip(self._crews[slot].actors, assignments, strict=True):
             self._when(
                 slot,
-                actor.run.remote(assignment),
-                lambda report: self.inbox.put(Told(slot, report, ran=True)),
+                actor.run.remote(assignment.to_list()),
+                lambda fields: self.inbox.put(Told(slot, Report.from_list(fields), ran=True)),
             )
 
     def rendezvous(self, slot: int) -> str | None:

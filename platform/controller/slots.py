@@ -17,7 +17,7 @@ from kvlab.platform.graph import Resources
 
 IDLE_SECONDS = 60.0
 
-DEPTH = 8
+DEPTH = 16
 """Jobs that a worker is given at once where its last one was quick: none waits for a message."""
 
 

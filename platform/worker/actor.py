@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -63,11 +64,15 @@ class Worker:
         os._exit(0)
 
     @ray.method(concurrency_group="jobs")
-    def run(self, assignment: Assignment) -> Report:
-        """Run the job to its end; the answer holds the spool's first piece."""
+    def run(self, fields: list[Any]) -> list[Any]:
+        """Run the job of an Assignment to its end; the answer is a Report, both as lists.
+
+        It holds the spool's first piece.
+        """
+        assignment = Assignment.from_list(fields)
         with self._lock:
             if assignment.key in self._recalled:
-                return Report(key=None)
+                return Report(key=None).to_list()
             if self._attempt is not None:
                 self._attempt.close()
             if self._port is not None:
@@ -79,7 +84,7 @@ class Worker:
                 attempt.stop()
         attempt.run()
         self._heard = time.monotonic()
-        return attempt.report()
+        return attempt.report().to_list()
 
     @ray.method(concurrency_group="control")
     def poll(self, key: Key | None, acknowledged: int) -> Report:

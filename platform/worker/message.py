@@ -1,7 +1,7 @@
 """What a controller and a worker say to each other: plain values, small.
 
 Named tuples, because thousands a second are pickled, and a dataclass with slots takes several times
-as long.
+as long. A job's call and its answer travel as lists, which Ray need not pickle at all.
 """
 
 from __future__ import annotations
@@ -41,6 +41,15 @@ class Assignment(NamedTuple):
     def key(self) -> Key:
         return (self.job, self.attempt)
 
+    def to_list(self) -> list[Any]:
+        return [list(field) if isinstance(field, tuple) else field for field in self]
+
+    @classmethod
+    def from_list(cls, fields: list[Any]) -> Assignment:
+        """The inverse of `to_list`."""
+        found = cls(*fields)
+        return found._replace(restore=found.restore and (found.restore[0], found.restore[1]))
+
 
 class Report(NamedTuple):
     """What a worker answers: a piece of the spool of the attempt it has.
@@ -61,6 +70,19 @@ class Report(NamedTuple):
     progress: tuple[float, float, str] | None = None
     hungry: bool = False
     running: bool = False
+
+    def to_list(self) -> list[Any]:
+        return [list(field) if isinstance(field, tuple) else field for field in self]
+
+    @classmethod
+    def from_list(cls, fields: list[Any]) -> Report:
+        """The inverse of `to_list`."""
+        found = cls(*fields)
+        progress = found.progress
+        return found._replace(
+            key=found.key and (found.key[0], found.key[1]),
+            progress=progress and (progress[0], progress[1], progress[2]),
+        )
 
 
 class Recalled(NamedTuple):

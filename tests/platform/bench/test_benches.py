@@ -79,13 +79,13 @@ def test_jobs_are_all_told_of_in_the_store(tmp_path: Path) -> None:
     with local_ray(1):
         rates, missing = jobs.job_rates(home)
     assert len(rates) == 1
-    assert rates[0] > 0
+    assert min(rates[0]) > 0
     assert missing == 0
     with Store.open(home.url) as store:
         graph = load_graph(jobs.WORKFLOW.format(seeds="7, 8"))
         stored = [new_job(cell) for cell in graph.cells]
         never_run = store.create_workflow("idle", "", {}, stored, 0.0)
-        assert jobs.ended(store, never_run) == 0
+        assert jobs.ended(store, never_run) == []
 
 
 def test_a_bench_runs_apart_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
