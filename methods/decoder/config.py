@@ -27,6 +27,27 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, slots=True)
+class Sharing:
+    """Which layers own keys and values, and how those that read upward are run.
+
+    A layer whose keys come from above it cannot wait for them: its rows are run in passes, each of
+    which reads the keys of the one before (arXiv 2405.10637).
+
+    Attributes:
+        kv_of: the layer whose keys and values each layer reads. Those that no layer reads own none.
+        strict: no layer lets a token read itself (the original LCKV; otherwise only upward ones).
+        forward_passes, backward_passes: m passes without gradient, then b with.
+        sequential: train and score token by token, exactly as decoding does.
+    """
+
+    kv_of: tuple[int, ...]
+    strict: bool = False
+    forward_passes: int = 7
+    backward_passes: int = 2
+    sequential: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderConfig:
     """Sizes and choices of a decoder; covers Llama, Mistral, Qwen and GPT-NeoX.
 
@@ -39,6 +60,8 @@ class DecoderConfig:
         windows: per layer attention window in tokens, None for full attention.
         bos_id, pad_id: what a method puts before text, and where there is none, as the checkpoint's
             tokenizer has them.
+        sharing: layers that share keys and values; None: each has its own. A method's doing: no
+            checkpoint of the families brings it.
     """
 
     vocab_size: int
@@ -66,6 +89,7 @@ class DecoderConfig:
     init_std: float = 0.02
     bos_id: int = 0
     pad_id: int = 0
+    sharing: Sharing | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "ffn_width"):
@@ -84,6 +108,35 @@ class DecoderConfig:
                 raise ConfigError(f"{name}: must be below vocab_size, found {getattr(self, name)}")
         if any(window is not None and window < 1 for window in self.windows or ()):
             raise ConfigError(f"windows: must be at least 1, found {self.windows}")
+        if self.sharing is not None:
+            self._check_sharing(self.sharing)
+
+    def _check_sharing(self, sharing: Sharing) -> None:
+        if len(sharing.kv_of) != self.layers:
+            raise ConfigError(
+                f"sharing: names a KV layer for {len(sharing.kv_of)} layers, the decoder has "
+                f"{self.layers}"
+            )
+        for layer, kv in enumerate(sharing.kv_of):
+            if not 0 <= kv < self.layers:
+                raise ConfigError(
+                    f"sharing: layer {layer} reads layer {kv}: must be from 0 to {self.layers - 1}"
+                )
+        if sharing.forward_passes < 0 or sharing.backward_passes < 1:
+            raise ConfigError(
+                "sharing: forward_passes must be at least 0 and backward_passes at least 1, found "
+                f"{sharing.forward_passes} and {sharing.backward_passes}"
+            )
+
+    @property
+    def kv_of(self) -> tuple[int, ...]:
+        """The layer whose keys and values each layer reads."""
+        return tuple(range(self.layers)) if self.sharing is None else self.sharing.kv_of
+
+    @property
+    def kv_layers(self) -> tuple[int, ...]:
+        """The layers that own keys and values, in order."""
+        return tuple(sorted(set(self.kv_of)))
 
     @property
     def rotary_dim(self) -> int:
@@ -105,6 +158,9 @@ class DecoderConfig:
             raw["rope_scaling"] = RopeScaling(**raw["rope_scaling"])
         if raw.get("windows") is not None:
             raw["windows"] = tuple(raw["windows"])
+        if isinstance(raw.get("sharing"), dict):
+            shared = raw["sharing"]
+            raw["sharing"] = Sharing(**{**shared, "kv_of": tuple(shared["kv_of"])})
         return cls(**raw)
 
 

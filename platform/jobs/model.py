@@ -33,6 +33,7 @@ MODEL_SOURCES = (
     "kvlab.methods.decoder.layers",
     "kvlab.methods.decoder.model",
     "kvlab.methods.decoder.rope",
+    "kvlab.methods.decoder.segments",
     "kvlab.methods.decoder.token",
     "kvlab.methods.model",
     "kvlab.methods.packing",
@@ -68,7 +69,9 @@ def _relaxed(hint: Any) -> Any:
 
 _HINTS = get_type_hints(DecoderConfig)
 _COLUMNS: dict[str, Any] = {
-    f.name: (_relaxed(_HINTS[f.name]) | None, None) for f in fields(DecoderConfig)
+    f.name: (_relaxed(_HINTS[f.name]) | None, None)
+    for f in fields(DecoderConfig)
+    if f.name != "sharing"  # a method's doing
 }
 
 ModelSettings: type[Settings] = create_model(
