@@ -28,14 +28,22 @@ from kvlab import KvlabError
 if TYPE_CHECKING:
     from kvlab.methods.decoder.config import DecoderConfig
 
-AxisName = Literal["sharing", "granularity", "eviction", "budget", "precision"]
-AXES: tuple[AxisName, ...] = ("sharing", "granularity", "eviction", "budget", "precision")
+AxisName = Literal["sharing", "granularity", "eviction", "budget", "precision", "prefill"]
+AXES: tuple[AxisName, ...] = (
+    "sharing",
+    "granularity",
+    "eviction",
+    "budget",
+    "precision",
+    "prefill",
+)
 TRAIN_TIME: frozenset[AxisName] = frozenset({"sharing", "granularity"})
 """Axes that shape the weights; the others are chosen where a model is used (`apply:`)."""
 READ_BY: dict[AxisName, AxisName] = {
     "sharing": "granularity",
     "budget": "eviction",
     "precision": "eviction",
+    "prefill": "granularity",
 }
 """Axes that only act through the value of another, which must list them in `consumes`."""
 
@@ -66,15 +74,21 @@ class Value:
         summary: one line for `kvlab methods`.
         params: a frozen dataclass; every field has a default, an annotation and, where it is a
             number, a `Range`.
-        implementation: "package.module:attribute", imported where torch may be imported.
-        cost: "package.module" whose functions predict this value's cost without torch.
+        implementation: "package.module:attribute", imported where torch may be imported; None where
+            the value that reads the axis needs the params alone.
+        cost: "package.module" whose functions predict this value's cost without torch; None where
+            the sizes of the decoder say it all.
         paper: arXiv identifier.
         default: what the axis is when a method does not choose on it.
-        check: (params, config) -> problems that no field's range can say; config may be None.
+        check: (params, config) -> problems that no field's range can say; config may be None. It is
+            that of the decoder the axis acts on: see `inner` and `shape`.
         uptrained: params -> params as a model converted from a checkpoint has them.
         convertible: (uptrained params, parent's config) -> what keeps a decoder of these sizes from
             being converted.
         span: granularity only: params -> tokens that one position stands for; None: one.
+        inner: granularity only: (params, config) -> the decoder that the other axes act on; None:
+            the one of config itself.
+        shape: sharing only: (params, that decoder) -> the decoder with keys and values shared.
         consumes: the axes of `READ_BY` that this value's implementation reads; a choice on one that
             it does not list is refused.
         sources: packages whose files decide the result (part of a job's identity).
@@ -84,7 +98,7 @@ class Value:
     name: str
     summary: str
     params: type
-    implementation: str
+    implementation: str | None = None
     cost: str | None = None
     paper: str | None = None
     default: bool = False
@@ -92,11 +106,15 @@ class Value:
     uptrained: Callable[[Any], Any] | None = None
     convertible: Callable[[Any, DecoderConfig], Iterable[str]] | None = None
     span: Callable[[Any], int] | None = None
+    inner: Callable[[Any, DecoderConfig], DecoderConfig] | None = None
+    shape: Callable[[Any, DecoderConfig], DecoderConfig] | None = None
     consumes: tuple[AxisName, ...] = ()
     sources: tuple[str, ...] = ()
 
     def load(self) -> Any:
         """Import and return the implementation."""
+        if self.implementation is None:
+            raise MethodError(f"method '{self.name}' has no implementation of its own")
         module, _, attribute = self.implementation.partition(":")
         return getattr(importlib.import_module(module), attribute)
 
@@ -141,6 +159,33 @@ class Method:
         """Tokens that one position of the method's granularity stands for."""
         choice = self.choices.get("granularity")
         return choice.value.span(choice.params) if choice and choice.value.span else 1
+
+    def inner(self, config: DecoderConfig) -> DecoderConfig:
+        """Return the sizes of the decoder that all axes but granularity act on.
+
+        Args:
+            config: of the model as a whole.
+
+        Raises:
+            KvlabError: sizes that the granularity cannot have.
+        """
+        choice = self.choices.get("granularity")
+        inner = choice.value.inner if choice else None
+        return inner(choice.params, config) if choice and inner else config
+
+    def acting(self, config: DecoderConfig) -> DecoderConfig:
+        """Return that decoder with its keys and values shared: whose past run-time axes shape.
+
+        Args:
+            config: of the model as a whole.
+
+        Raises:
+            KvlabError: sizes that the granularity or the sharing cannot have.
+        """
+        config = self.inner(config)
+        choice = self.choices.get("sharing")
+        shape = choice.value.shape if choice else None
+        return shape(choice.params, config) if choice and shape else config
 
     def uptrained(self) -> Method:
         """Return the method as a model converted from a checkpoint has it."""

@@ -7,10 +7,12 @@ from kvlab.methods.block_transformer import params as block_transformer
 from kvlab.methods.decoder import token
 from kvlab.methods.eviction.full import params as full
 from kvlab.methods.eviction.sliding_window import params as sliding_window
+from kvlab.methods.prefill import params as prefill
 
 ENTRIES: tuple[Value | Preset, ...] = (
     token.ENTRY,
     block_transformer.ENTRY,
     full.ENTRY,
     sliding_window.ENTRY,
+    *prefill.ENTRIES,
 )

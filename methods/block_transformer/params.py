@@ -102,6 +102,13 @@ def convertible(params: BlockTransformerParams, config: DecoderConfig) -> Iterat
         )
 
 
+def inner(params: BlockTransformerParams, config: DecoderConfig) -> DecoderConfig:
+    """Return the sizes of the block decoder, whose past the other axes shape."""
+    from kvlab.methods.block_transformer.sizes import sizes
+
+    return sizes(config, params).block
+
+
 ENTRY = Value(
     axis="granularity",
     name="block_transformer",
@@ -114,6 +121,8 @@ ENTRY = Value(
     uptrained=uptrained,
     convertible=convertible,
     span=lambda params: params.block_length,
+    inner=inner,
+    consumes=("sharing", "prefill"),
     sources=(
         "kvlab.methods.block_transformer",
         "kvlab.methods.packing",

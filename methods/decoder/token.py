@@ -20,6 +20,7 @@ ENTRY = Value(
     implementation="kvlab.methods.decoder.language_model:TokenModel",
     cost="kvlab.methods.decoder.cost",
     default=True,
+    consumes=("sharing", "prefill"),
     sources=(
         "kvlab.methods.packing",
         "kvlab.methods.cache",

@@ -60,9 +60,10 @@ def test_implementations_and_costs_are_there() -> None:
     import importlib
 
     for value in REGISTRY.values():
-        assert callable(value.load())
-        assert value.cost is not None
-        importlib.import_module(value.cost)
+        if value.axis not in ("sharing", "prefill"):
+            assert callable(value.load())
+            assert value.cost is not None
+            importlib.import_module(value.cost)
 
 
 def test_two_values_of_one_axis() -> None:

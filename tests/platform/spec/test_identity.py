@@ -165,7 +165,7 @@ for module in {modules!r}:
 for canonical in {methods!r}:
     from kvlab.methods.axis import from_dict
     for choice in from_dict(canonical).choices.values():
-        choice.value.load()
+        choice.value.implementation and choice.value.load()
 print(json.dumps([name for name, module in sys.modules.items()
                   if name.startswith("kvlab.") and getattr(module, "__file__", None)
                   and not module.__file__.endswith("__init__.py")]))

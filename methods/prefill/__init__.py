@@ -1,0 +1,1 @@
+"""The prefill axis: how a prompt becomes a cache."""
