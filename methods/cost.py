@@ -3,7 +3,8 @@
 A FLOP is one addition or one multiplication: a matrix product of [m, k] and [k, n] is 2 m k n. Only
 matrix products count (linear layers, head, attention scores and values); look-ups, norms, softmax
 and rotations do not. Attention counts the key rows a query may read, not the masked ones. A
-training step is three forward passes: the backward pass is two.
+backward pass is two forward passes; layers run in passes (`Sharing`) have one for each pass with a
+gradient.
 """
 
 from __future__ import annotations
@@ -37,7 +38,14 @@ class Cost(ABC):
 
     @abstractmethod
     def train_flops_per_token(self, sequence_length: int) -> float:
-        """FLOPs of a training step per token of its sequences, backward pass included."""
+        """FLOPs of a training step per token of its sequences, backward pass included.
+
+        What gradient checkpointing computes a second time is left out.
+        """
+
+    @abstractmethod
+    def score_flops_per_token(self, sequence_length: int) -> float:
+        """FLOPs of scoring sequences of so many tokens in one go, per token."""
 
     @abstractmethod
     def prefill_flops(self, prompt: int) -> float:

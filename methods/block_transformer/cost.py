@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from kvlab.methods.axis import Method, resolve
 from kvlab.methods.block_transformer.params import BlockTransformerParams
 from kvlab.methods.block_transformer.sizes import sizes
@@ -13,8 +15,8 @@ from kvlab.methods.decoder.cost import DecoderCost, causal_pairs
 class BlockCost(Cost):
     """Cost of embedder, block decoder, expansion and token decoder.
 
-    Eviction acts on the block decoder, counted in blocks. What is done once a block is divided
-    evenly among its tokens.
+    All axes but granularity act on the block decoder, counted in blocks. What is done once a block
+    is divided evenly among its tokens.
     """
 
     def __init__(self, config: DecoderConfig, method: Method) -> None:
@@ -22,7 +24,7 @@ class BlockCost(Cost):
         assert isinstance(params, BlockTransformerParams)
         self.params, self.sizes = params, sizes(config, params)
         self.length = params.block_length
-        self.block = DecoderCost(self.sizes.block, method, tables=False)
+        self.block = DecoderCost(method.acting(config), method, tables=False)
         self.token = DecoderCost(self.sizes.token, resolve({}))
 
     def body_parameters(self) -> int:
@@ -36,12 +38,10 @@ class BlockCost(Cost):
         return self.body_parameters() + table + token_tables
 
     def train_flops_per_token(self, sequence_length: int) -> float:
-        predicting = self._blocks(sequence_length) - 1  # the last block is predicted, not read
-        if predicting < 1:
-            return 0.0
-        inside = self._token_flops(self.sizes.rows) + self.length * self.token.head_flops()
-        each = self.block.train_flops_per_token(predicting) + 3 * (self._embedder_flops() + inside)
-        return predicting * each / sequence_length
+        return self._over_text(sequence_length, self.block.train_flops_per_token, 3)
+
+    def score_flops_per_token(self, sequence_length: int) -> float:
+        return self._over_text(sequence_length, self.block.score_flops_per_token, 1)
 
     def prefill_flops(self, prompt: int) -> float:
         blocks = self._blocks(prompt)
@@ -65,6 +65,15 @@ class BlockCost(Cost):
 
     def first_target(self) -> int:
         return self.length
+
+    def _over_text(self, tokens: int, block: Callable[[int], float], times: int) -> float:
+        """FLOPs per token of `block` per block and of so many forward passes of all else."""
+        predicting = self._blocks(tokens) - 1  # the last block is predicted, not read
+        if predicting < 1:
+            return 0.0
+        inside = self._token_flops(self.sizes.rows) + self.length * self.token.head_flops()
+        each = block(predicting) + times * (self._embedder_flops() + inside)
+        return predicting * each / tokens
 
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self.length)

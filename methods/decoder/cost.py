@@ -3,19 +3,43 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
+from typing import NamedTuple
 
 from kvlab.methods.axis import Choice, Method, refuse_unread
 from kvlab.methods.cost import Cost
 from kvlab.methods.decoder.config import DecoderConfig
+from kvlab.methods.decoder.segments import exit_layer, passes_of, segments
+from kvlab.methods.prefill.params import prefill_of
+
+Windows = Sequence[int | None]
+"""Of each layer; None: it reads all."""
+
+
+class Reading(NamedTuple):
+    """How rows that read one another alone go through the layers.
+
+    Attributes:
+        windows: through which each layer reads them.
+        passes: over layers that read keys from above them; None: row by row, as in decoding.
+    """
+
+    rows: int
+    windows: Windows
+    passes: int | None
 
 
 class DecoderCost(Cost):
     """Cost of one decoder whose positions are tokens (or blocks: then read "block" for "token").
 
+    A layer that keeps no keys and values has no weights for them, and reads another's rows as any
+    layer does: sharing lowers what is kept, not what a token reads. A strict layer (one that reads
+    upward, or any under `Sharing.strict`) reads one row fewer than the others.
+
     Args:
-        config: its sizes.
-        method: whose eviction decides what each layer keeps.
+        config: its own sizes, what the method's sharing makes of them included (`Method.acting`).
+        method: its run-time axes count: what each layer keeps, and how a prompt is read.
         tables: whether it has the vocabulary tables; a decoder over block embeddings has none.
     """
 
@@ -25,15 +49,25 @@ class DecoderCost(Cost):
         self._eviction = _module(method["eviction"])
         precision = method.choices.get("precision")
         self._precision = None if precision is None else _module(precision)
+        self._prefill = prefill_of(method)
         self._windows = config.windows or (None,) * config.layers
+        self._owners = frozenset(config.kv_of)
+        every = config.sharing is not None and config.sharing.strict
+        self._strict = [every or kv > layer for layer, kv in enumerate(config.kv_of)]
+        cyclic = [part for part in segments(config) if part.cyclic]
+        self._cyclic = {layer for part in cyclic for layer in range(part.start, part.stop)}
+        self._tops = {part.stop - 1 for part in cyclic}
 
-    def rows(self, tokens: int) -> list[int]:
-        """Rows that each layer keeps of a sequence of so many tokens, and a query reads."""
-        kept = [
-            self._eviction.rows(self.config, self.method, layer, tokens)
-            for layer in range(self.config.layers)
-        ]
-        return [min(n, window or n) for n, window in zip(kept, self._windows, strict=True)]
+    def rows(self, tokens: int) -> dict[int, int]:
+        """Rows that each KV layer keeps of a sequence of so many tokens: what a reader may want."""
+        kept: dict[int, int] = {}
+        for layer, kv in enumerate(self.config.kv_of):
+            kept[kv] = max(kept.get(kv, 0), self._seen(layer, tokens))
+        return kept
+
+    def reads(self, tokens: int) -> list[int]:
+        """Rows that each layer reads for the last of so many tokens."""
+        return [self._seen(i, tokens) - strict for i, strict in enumerate(self._strict)]
 
     def row_bytes(self, itemsize: int) -> float:
         """Bytes of one row of one KV layer, keys and values, at the method's precision."""
@@ -42,19 +76,15 @@ class DecoderCost(Cost):
         found: float = self._precision.row_bytes(self.config, self.method, itemsize)
         return found
 
-    def linear_parameters(self) -> int:
-        """Weights of the layers' linear maps: each is 2 FLOPs per row."""
-        c = self.config
-        attention = c.width * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
-        return c.layers * (attention + c.width * c.ffn_width * (3 if c.gated else 2))
-
     def body_parameters(self) -> int:
         c = self.config
         norm = c.width * (2 if c.norm == "layer" else 1)
-        biases = c.head_dim * (c.heads + 2 * c.kv_heads) * c.qkv_bias + c.width * c.out_bias
+        biases = c.head_dim * c.heads * c.qkv_bias + c.width * c.out_bias
         biases += (c.ffn_width * (2 if c.gated else 1) + c.width) * c.mlp_bias
-        per_layer = 2 * norm + biases + 2 * c.head_dim * c.qk_norm
-        return self.linear_parameters() + c.layers * per_layer + norm
+        per_layer = 2 * norm + biases + c.head_dim * c.qk_norm
+        per_kv_layer = c.head_dim * (2 * c.kv_heads * c.qkv_bias + c.qk_norm)
+        linear = sum(self._weights(layer) for layer in range(c.layers))
+        return linear + c.layers * per_layer + len(self._owners) * per_kv_layer + norm
 
     def total_parameters(self) -> int:
         c = self.config
@@ -66,43 +96,117 @@ class DecoderCost(Cost):
         return 2.0 * self.config.vocab_size * self.config.width if self.tables else 0.0
 
     def linear_flops(self, rows: int = 1) -> float:
-        """FLOPs of the layers' linear maps for so many rows."""
-        return 2.0 * self.linear_parameters() * rows
+        """FLOPs of the layers' linear maps for so many rows, in one pass."""
+        return 2.0 * rows * sum(self._weights(layer) for layer in range(self.config.layers))
 
     def attention_flops(self, pairs: int) -> float:
         """FLOPs of so many (query, key) pairs of one layer: scores and weighted values."""
         return 4.0 * self.config.heads * self.config.head_dim * pairs
 
     def train_flops_per_token(self, sequence_length: int) -> float:
-        pairs = sum(causal_pairs(sequence_length, window) for window in self._windows)
-        body = self.linear_flops() + self.attention_flops(pairs) / sequence_length
-        return 3.0 * (body + self.head_flops())
+        reading = self._whole(sequence_length, self._windows)
+        every = range(self.config.layers)
+        flops = self._forward(every, reading) + sum(self._backward(i, reading) for i in every)
+        return flops / sequence_length + 3.0 * self.head_flops()
+
+    def score_flops_per_token(self, sequence_length: int) -> float:
+        reading = self._whole(sequence_length, self._prompt_windows())
+        flops = self._forward(range(self.config.layers), reading)
+        return flops / sequence_length + self.head_flops()
 
     def prefill_flops(self, prompt: int) -> float:
-        windows = []
-        for layer, own in enumerate(self._windows):
-            window = self._eviction.prompt_window(self.config, self.method, layer)
-            windows.append(min((w for w in (window, own) if w), default=None))
-        pairs = sum(causal_pairs(prompt, window) for window in windows)
-        return self.linear_flops(prompt) + self.attention_flops(pairs) + self.head_flops()
+        layers, windows = self.config.layers, self._prompt_windows()
+        passes = passes_of(self.config, prompt, self._prefill.passes)
+        last = self._exit()
+        flops = self._forward(range(last), Reading(prompt, windows, passes))
+        if last < layers:
+            flops += 2.0 * self._kv_weights(last) * (prompt - 1)
+        for layer in range(last, layers):
+            keys = min(prompt, windows[layer] or prompt) - self._strict[layer]
+            flops += 2.0 * self._weights(layer) + self.attention_flops(keys)
+        return flops + self.head_flops()
 
     def decode_flops(self, context: int) -> float:
-        attention = self.attention_flops(sum(self.rows(context)))
+        attention = self.attention_flops(sum(self.reads(context)))
         return self.linear_flops() + attention + self.head_flops()
 
     def kv_bytes(self, tokens: int, itemsize: int) -> int:
-        return round(self.row_bytes(itemsize) * sum(self.rows(tokens)))
+        return round(self.row_bytes(itemsize) * sum(self.rows(tokens).values()))
 
     def kv_bytes_read_per_token(self, context: int, itemsize: int) -> float:
-        return float(self.kv_bytes(context, itemsize))
+        return self.row_bytes(itemsize) * sum(self.reads(context))
 
     def first_target(self) -> int:
         return 1
 
+    def _seen(self, layer: int, tokens: int) -> int:
+        """Rows kept of so many that are in the layer's own window."""
+        kept: int = self._eviction.rows(self.config, self.method, self.config.kv_of[layer], tokens)
+        return min(kept, self._windows[layer] or kept)
+
+    def _prompt_windows(self) -> Windows:
+        """The window through which each layer reads a prompt."""
+        windows: list[int | None] = []
+        for own, kv in zip(self._windows, self.config.kv_of, strict=True):
+            window = self._eviction.prompt_window(self.config, self.method, kv)
+            windows.append(min((w for w in (window, own) if w), default=None))
+        return windows
+
+    def _exit(self) -> int:
+        """The first layer that only a prompt's last row goes through; past the top: none is."""
+        layers, found, asked = self.config.layers, exit_layer(self.config), self._prefill.early_exit
+        if found is None or asked is False or (asked is None and found == layers - 1):
+            return layers
+        return found
+
+    def _kv_weights(self, layer: int) -> int:
+        """Weights of the linear maps to keys and values."""
+        c = self.config
+        return 2 * c.width * c.kv_heads * c.head_dim if layer in self._owners else 0
+
+    def _weights(self, layer: int) -> int:
+        """Weights of a layer's linear maps: each is 2 FLOPs per row."""
+        c = self.config
+        own = c.width * (2 * c.heads * c.head_dim + c.ffn_width * (3 if c.gated else 2))
+        return own + self._kv_weights(layer)
+
+    def _whole(self, rows: int, windows: Windows) -> Reading:
+        """How training and scoring go over sequences of so many rows."""
+        sharing = self.config.sharing
+        row_by_row = sharing is not None and sharing.sequential
+        return Reading(rows, windows, None if row_by_row else passes_of(self.config, rows))
+
+    def _forward(self, layers: range, reading: Reading) -> float:
+        return sum(self._flops(layer, reading, reading.passes) for layer in layers)
+
+    def _backward(self, layer: int, reading: Reading) -> float:
+        """FLOPs of a layer's backward passes; one is two forward."""
+        passes, sharing = reading.passes, self.config.sharing
+        if passes is not None and sharing is not None:
+            passes = min(passes, sharing.backward_passes)
+        return 2.0 * self._flops(layer, reading, passes)
+
+    def _flops(self, layer: int, reading: Reading, passes: int | None) -> float:
+        """FLOPs of one layer over all rows, in the last so many passes where it is run in passes.
+
+        In the first pass of all a layer finds no keys above it. Of the top of a cyclic segment all
+        passes but the last want the keys and values alone.
+        """
+        linear, reads = self._weights(layer), 1
+        if passes is not None and layer in self._tops:
+            linear += self._kv_weights(layer) * (passes - 1)
+        elif passes is not None and layer in self._cyclic:
+            linear, reads = linear * passes, passes
+            if passes == reading.passes and self.config.kv_of[layer] > layer:
+                reads -= 1
+        rows = reading.rows
+        pairs = causal_pairs(rows, reading.windows[layer]) - rows * self._strict[layer]
+        return 2.0 * rows * linear + self.attention_flops(reads * pairs)
+
 
 def cost(config: DecoderConfig, method: Method) -> Cost:
-    """Return the cost of an ordinary decoder over tokens."""
-    return DecoderCost(config, method)
+    """Return the cost of a decoder over tokens."""
+    return DecoderCost(method.acting(config), method)
 
 
 def _module(choice: Choice) -> ModuleType:

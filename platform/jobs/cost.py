@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 from kvlab.methods.cost import Cost
 from kvlab.methods.decoder.config import DecoderConfig
-from kvlab.platform.jobs.flops import Canonical, cost_under, train_flops_per_token
+from kvlab.platform.jobs.flops import (
+    Canonical,
+    cost_under,
+    forward_flops_per_token,
+    train_flops_per_token,
+)
 from kvlab.platform.jobs.kind import Prediction
 
 ITEMSIZE = 4
@@ -28,28 +32,28 @@ def training(
     teacher: tuple[DecoderConfig, Canonical] | None = None,
 ) -> Prediction:
     """Predict a train or uptrain job."""
+    length = spec["sequence_length"]
     itemsize = ITEMSIZES.get(spec["precision"], ITEMSIZE)
-    cost = cost_under(config, spec["method"])
-    predicted = _trained(cost, spec["sequence_length"], spec["tokens"], itemsize)
-    if not spec.get("lora") and teacher is None:
-        return predicted
-    return replace(predicted, flops=train_flops_per_token(config, spec, teacher) * spec["tokens"])
+    flops = train_flops_per_token(config, spec, teacher) * spec["tokens"]
+    return _predicted(cost_under(config, spec["method"]), length, flops, itemsize)
 
 
 def scoring(config: DecoderConfig, method: Canonical, spec: Mapping[str, Any]) -> Prediction:
-    """Predict an evaluate job: one forward pass, a third of a training step."""
-    cost = cost_under(config, method, spec["apply"])
+    """Predict an evaluate job, which scores in one go."""
+    cost, length = cost_under(config, method, spec["apply"]), spec["sequence_length"]
     itemsize = ITEMSIZES.get(spec["dtype"], ITEMSIZE)
-    return _trained(cost, spec["sequence_length"], spec["tokens"] / 3, itemsize)
+    flops = forward_flops_per_token(cost, length) * spec["tokens"]
+    return _predicted(cost, length, flops, itemsize)
 
 
 @lru_cache(maxsize=4096)
-def _trained(cost: Cost, length: int, tokens: float, itemsize: int) -> Prediction:
+def _predicted(cost: Cost, tokens: int, flops: float, itemsize: int) -> Prediction:
+    """Predict a job of so many FLOPs whose sequences have so many tokens."""
     return Prediction(
         parameters=cost.total_parameters(),
         body_parameters=cost.body_parameters(),
-        flops=cost.train_flops_per_token(length) * tokens,
-        kv_bytes_per_token=cost.kv_bytes_per_token(length, itemsize),
+        flops=flops,
+        kv_bytes_per_token=cost.kv_bytes_per_token(tokens, itemsize),
     )
 
 
@@ -64,9 +68,4 @@ def generating(config: DecoderConfig, method: Canonical, spec: Mapping[str, Any]
 @lru_cache(maxsize=4096)
 def _generated(cost: Cost, prompt: int, generate: int, runs: int, itemsize: int) -> Prediction:
     once = cost.prefill_flops(prompt) + generate * cost.decode_flops(prompt + generate // 2)
-    return Prediction(
-        parameters=cost.total_parameters(),
-        body_parameters=cost.body_parameters(),
-        flops=once * runs,
-        kv_bytes_per_token=cost.kv_bytes_per_token(prompt + generate, itemsize),
-    )
+    return _predicted(cost, prompt + generate, once * runs, itemsize)

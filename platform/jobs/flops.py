@@ -13,8 +13,8 @@ from kvlab.methods.decoder.config import DecoderConfig
 
 Canonical = Mapping[str, Any]
 """`Method.to_dict()`."""
-LORA = 2 / 3
-"""FLOPs of a step under LoRA: forward, and back through frozen weights that get no gradient."""
+LORA = 1 / 2
+"""What is left of a backward pass under LoRA: frozen weights get no gradient."""
 
 
 @lru_cache(maxsize=4096)
@@ -30,6 +30,17 @@ def cost_under(config: DecoderConfig, *methods: Canonical) -> Cost:
     return _cost(config, json.dumps(choices))
 
 
+@lru_cache(maxsize=4096)
+def forward_flops_per_token(cost: Cost, length: int) -> float:
+    """Return the FLOPs of scoring rows of so many tokens, per token."""
+    return cost.score_flops_per_token(length)
+
+
+@lru_cache(maxsize=4096)
+def _step_flops_per_token(cost: Cost, length: int) -> float:
+    return cost.train_flops_per_token(length)
+
+
 def train_flops_per_token(
     config: DecoderConfig,
     spec: Mapping[str, Any],
@@ -40,9 +51,11 @@ def train_flops_per_token(
     Under LoRA what the low-rank products themselves cost is left out; a teacher (its sizes and
     method) adds one forward pass.
     """
-    length = spec["sequence_length"]
-    own = cost_under(config, spec["method"]).train_flops_per_token(length)
-    flops = own * LORA if spec.get("lora") else own
+    length, cost = spec["sequence_length"], cost_under(config, spec["method"])
+    flops = _step_flops_per_token(cost, length)
+    if spec.get("lora"):
+        forward = forward_flops_per_token(cost, length)
+        flops = forward + LORA * (flops - forward)
     if teacher is not None:
-        flops += cost_under(*teacher).train_flops_per_token(length) / 3
+        flops += forward_flops_per_token(cost_under(*teacher), length)
     return flops
