@@ -20,6 +20,7 @@ COMMANDS = {
     "cancel": "Cancel a workflow: its running jobs are ended at once.",
     "resume": "Go on with a workflow that stopped, failed or was cancelled.",
     "compare": "Compare the finished jobs of a workflow: table, JSON or HTML.",
+    "export": "Write a trained model as a Hugging Face checkpoint folder.",
     "methods": "List the axes and values a method is made of.",
     "schema": "Print the JSON Schema of a workflow YAML.",
     "ui": "Open MLflow's user interface on the store.",

@@ -1,0 +1,76 @@
+"""`kvlab export`: a model as a folder that transformers and vLLM load."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvlab import KvlabError
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+OWN = {"tokenizer_class": "PreTrainedTokenizerFast"}
+"""Or transformers takes the architecture's own class, which splits text its own way."""
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A job (its cell or name), or a model's folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
+    workflow: Annotated[
+        str | None,
+        typer.Option("--workflow", help="The job's: name or number; default: the newest."),
+    ] = None,
+) -> None:
+    """Write a model with its tokenizer as a Hugging Face checkpoint folder."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise KvlabError(f"{folder}: is there and not an empty folder: name a new one")
+    source = Path(model) if Path(model).is_dir() else _published(model, workflow)
+    from kvlab.methods.decoder.huggingface.writer import write_checkpoint
+    from kvlab.methods.store import load
+    from kvlab.platform.artifacts import remove
+
+    found = load(source)  # before anything is written
+    made = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}")
+    try:
+        made.mkdir(parents=True)
+        architecture = write_checkpoint(found, made)
+        for name in TOKENIZER:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, made / name)
+        if (made / TOKENIZER[0]).exists() and not (made / TOKENIZER[1]).exists():
+            (made / TOKENIZER[1]).write_text(json.dumps(OWN) + "\n", encoding="utf-8")
+        made.rename(folder.absolute())
+    except OSError as error:
+        raise KvlabError(f"{folder}: cannot be written ({error.strerror})") from error
+    finally:
+        remove(made)
+    print(f"{folder}: {architecture}")
+
+
+def _published(job: str, workflow: str | None) -> Path:
+    """The folder that one job of a workflow published."""
+    from kvlab.db.store import Store
+    from kvlab.platform.cli.which import find
+    from kvlab.platform.home import Home
+
+    home = Home.find()
+    number = find(home, workflow)
+    with Store.open(home.url, read_only=True) as store:
+        jobs = store.load(number).jobs
+    chosen = [one for one in jobs if one.name == job] or [one for one in jobs if one.job == job]
+    if not chosen:
+        known = ", ".join(dict.fromkeys(one.job for one in jobs))
+        raise KvlabError(
+            f"'{job}' is neither a folder nor a job of workflow {number}, which has {known}"
+        )
+    if len(chosen) > 1:
+        cells = ", ".join(one.name for one in chosen)
+        raise KvlabError(f"'{job}' of workflow {number} has several cells, choose one: {cells}")
+    uri = chosen[0].artifact_uri
+    if uri is None or not Path(uri, "model.json").is_file():
+        raise KvlabError(f"'{job}' of workflow {number} ({chosen[0].state}) has published no model")
+    return Path(uri)
