@@ -110,7 +110,7 @@ class DecoderCost(Cost):
         return flops / sequence_length + 3.0 * self.head_flops()
 
     def score_flops_per_token(self, sequence_length: int) -> float:
-        reading = self._whole(sequence_length, self._prompt_windows())
+        reading = self._whole(sequence_length, self._prompt_windows(), self._prefill.passes)
         flops = self._forward(range(self.config.layers), reading)
         return flops / sequence_length + self.head_flops()
 
@@ -170,11 +170,11 @@ class DecoderCost(Cost):
         own = c.width * (2 * c.heads * c.head_dim + c.ffn_width * (3 if c.gated else 2))
         return own + self._kv_weights(layer)
 
-    def _whole(self, rows: int, windows: Windows) -> Reading:
+    def _whole(self, rows: int, windows: Windows, passes: int | None = None) -> Reading:
         """How training and scoring go over sequences of so many rows."""
         sharing = self.config.sharing
         row_by_row = sharing is not None and sharing.sequential
-        return Reading(rows, windows, None if row_by_row else passes_of(self.config, rows))
+        return Reading(rows, windows, None if row_by_row else passes_of(self.config, rows, passes))
 
     def _forward(self, layers: range, reading: Reading) -> float:
         return sum(self._flops(layer, reading, reading.passes) for layer in layers)
