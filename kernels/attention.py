@@ -26,9 +26,12 @@ class Rule:
     window: int | None = None
     sinks: int = 0
 
-    def is_causal(self, rows: int) -> bool:
-        """Whether among so many packed rows every query reads exactly its past and itself."""
-        return not self.strict and (self.window is None or self.window >= rows)
+    def is_causal(self, rows: int, by: int = 0) -> bool:
+        """Whether among so many packed rows every query reads exactly its past.
+
+        `by` 0: and itself; 1: without itself.
+        """
+        return self.strict == bool(by) and (self.window is None or self.window >= rows)
 
     def allows(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
         """Return the mask [B, 1 or H_kv, T, S], true where query t may read key s.
@@ -80,7 +83,12 @@ def attend(
         [B, H, S] in float32, or None.
     """
     rows = q.shape[2]
-    causal = q_positions is None and k_positions is None and mask is None and rule.is_causal(rows)
+    packed = q_positions is None and k_positions is None and mask is None
+    causal = packed and rule.is_causal(rows)
+    if packed and mass_rows is None and rule.is_causal(rows, by=1):
+        # Row t reads what row t - 1 of an ordinary causal pass reads, and row 0 nothing.
+        out, _ = attend(q[:, :, 1:], k[:, :, :-1], v[:, :, :-1], None, None)
+        return F.pad(out, (0, 0, 1, 0)), None
     if mask is None and not causal:
         if q_positions is None:
             q_positions = torch.arange(rows, device=q.device).unsqueeze(0)

@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from kvlab.methods.axis import Method
-from kvlab.methods.cache.interface import Cache
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.packing import Documents, Packer, TokenPacker
 
@@ -69,14 +68,15 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, ids: Tensor, valid: Tensor | None = None, cache: Cache | None = None
+        self, ids: Tensor, valid: Tensor | None = None, apply: Method | None = None
     ) -> Score:
         """Score a batch in one parallel pass; the mean of `nll[scored]` is the training loss.
 
         Args:
             ids: [B, T] token ids.
             valid: [B, T] bool; None states that there is no padding. Padding is never scored.
-            cache: of `scoring_cache`, to score under run-time axes; None is full attention.
+            apply: run-time axes to score under; None is full attention. They must be such that
+                `scores_in_one_pass` holds.
         """
 
     @abstractmethod
@@ -103,6 +103,15 @@ class LanguageModel(nn.Module, ABC):
             new_tokens: how many tokens the session will be given at most (sizes the cache).
             apply: run-time axes (eviction, budget, precision); None is the full cache.
         """
+
+    @property
+    @abstractmethod
+    def acting(self) -> DecoderConfig:
+        """The sizes of the decoder whose past the run-time axes shape (`Method.acting`)."""
+
+    @abstractmethod
+    def checkpoint_gradients(self, on: bool) -> None:
+        """Recompute layers in the backward pass, or keep what it needs."""
 
     @abstractmethod
     def body_parameters(self) -> int:

@@ -73,7 +73,7 @@ class CrossAttendingDecoder(Decoder):
         cache: Cache | None = None,
     ) -> Tensor:
         """Run the layers and the final norm as `body` does, over `memory` (see there)."""
-        cache = EphemeralCache() if cache is None else cache
+        cache = EphemeralCache(self.config) if cache is None else cache
         step = self._pass(hidden, positions, cache)
         for layer, cross, known in zip(self.layers, self.cross, memory, strict=True):
             hidden = layer(cross(hidden, known), step)

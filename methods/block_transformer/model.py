@@ -15,11 +15,12 @@ from kvlab.methods.block_transformer.packing import BlockPacker
 from kvlab.methods.block_transformer.params import BlockTransformerParams
 from kvlab.methods.block_transformer.sizes import sizes
 from kvlab.methods.block_transformer.token_decoder import build_token_decoder
-from kvlab.methods.cache.interface import Cache
+from kvlab.methods.cache.opening import one_pass_cache
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.model import Decoder
 from kvlab.methods.model import LanguageModel, Score, Session
 from kvlab.methods.packing import Documents, Packer
+from kvlab.methods.prefill.params import prefill_of
 
 
 class BlockTransformer(LanguageModel):
@@ -39,7 +40,7 @@ class BlockTransformer(LanguageModel):
         self.config, self.method, self.params = config, method, params
         self.sizes = sizes(config, params)
         self.embedder = build_embedder(self.sizes, params)
-        self.block_decoder = Decoder(self.sizes.block, embeddings=False, head=False)
+        self.block_decoder = Decoder(method.acting(config), embeddings=False, head=False)
         self.token_decoder = build_token_decoder(self.sizes, params)
 
     @classmethod
@@ -65,10 +66,10 @@ class BlockTransformer(LanguageModel):
         )
 
     def forward(
-        self, ids: Tensor, valid: Tensor | None = None, cache: Cache | None = None
+        self, ids: Tensor, valid: Tensor | None = None, apply: Method | None = None
     ) -> Score:
         blocks, real = self.blocks(ids, valid)
-        hidden = self._predict(blocks, real, cache)
+        hidden = self._predict(blocks, real, apply)
         nll = self.token_decoder.decoder.nll(hidden.flatten(1, 2), blocks[:, 1:].flatten(1))
         scored = self.scored(blocks, real)
         nll = F.pad(nll, (self.params.block_length, 0)).masked_fill(~scored, 0.0)
@@ -104,9 +105,14 @@ class BlockTransformer(LanguageModel):
         real = torch.unflatten(F.pad(valid, (0, missing), value=False), 1, (-1, length))
         return blocks.masked_fill(~real, self.config.pad_id), real
 
-    def contexts(self, blocks: Tensor, real: Tensor | None, cache: Cache | None = None) -> Tensor:
+    def contexts(self, blocks: Tensor, real: Tensor | None, apply: Method | None = None) -> Tensor:
         """Return the block decoder's output [B, n, D] over blocks [B, n, L_B]."""
-        return self.block_decoder.body(self.embedder(blocks), block_positions(real), cache)
+        return self.block_decoder.body(
+            self.embedder(blocks),
+            block_positions(real),
+            one_pass_cache(self.acting, apply),
+            passes=prefill_of(apply).passes,
+        )
 
     def scored(self, blocks: Tensor, real: Tensor | None) -> Tensor:
         """Return [B, n L_B] bool: real tokens whose block follows a block that holds something."""
@@ -131,6 +137,14 @@ class BlockTransformer(LanguageModel):
 
         return BlockSession(self, ids, valid, new_tokens, apply)
 
+    @property
+    def acting(self) -> DecoderConfig:
+        return self.block_decoder.config
+
+    def checkpoint_gradients(self, on: bool) -> None:
+        self.block_decoder.checkpoint_gradients(on)
+        self.token_decoder.decoder.checkpoint_gradients(on)
+
     def body_parameters(self) -> int:
         decoder = self.token_decoder.decoder
         tables = (self.embedder.table, decoder.embedding, decoder.output)
@@ -140,12 +154,12 @@ class BlockTransformer(LanguageModel):
     def describe(self) -> dict[str, Any]:
         return {"config": self.config.to_dict(), "method": self.method.to_dict()}
 
-    def _predict(self, blocks: Tensor, real: Tensor | None, cache: Cache | None = None) -> Tensor:
+    def _predict(self, blocks: Tensor, real: Tensor | None, apply: Method | None = None) -> Tensor:
         """Return [B, n - 1, L_B, D_t], what the head predicts the blocks but the first from."""
         if blocks.shape[1] == 1:
             nothing = (len(blocks), 0, self.params.block_length, self.sizes.token.width)
             return self.embedder.table.weight.new_empty(nothing)
-        context = self.contexts(blocks[:, :-1], None if real is None else real[:, :-1], cache)
+        context = self.contexts(blocks[:, :-1], None if real is None else real[:, :-1], apply)
         hidden = self.token_decoder(
             context.flatten(0, 1),
             blocks[:, 1:].flatten(0, 1),

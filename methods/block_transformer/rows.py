@@ -17,15 +17,17 @@ class MaskedPass(EphemeralCache):
     position of a row stays its place in the block (fact 1.5).
 
     Args:
+        config: of the token decoder.
         key_positions: [M, R], EMPTY on padding.
     """
 
-    def __init__(self, key_positions: Tensor) -> None:
-        super().__init__()
+    def __init__(self, config: DecoderConfig, key_positions: Tensor) -> None:
+        super().__init__(config)
         self._key_positions = key_positions
 
-    def read(self, layer: int) -> Keys:
-        return super().read(layer)._replace(positions=self._key_positions)
+    def read(self, layer: int) -> Keys | None:
+        keys = super().read(layer)
+        return None if keys is None else keys._replace(positions=self._key_positions)
 
 
 class BlockRows(Cache):

@@ -10,6 +10,7 @@ from kvlab.methods.axis import Method
 from kvlab.methods.block_transformer.model import BlockTransformer, block_positions
 from kvlab.methods.cache.opening import open_cache
 from kvlab.methods.model import Session
+from kvlab.methods.prefill.params import prefill_of
 
 
 class BlockSession(Session):
@@ -46,7 +47,7 @@ class BlockSession(Session):
         positions = block_positions(real) if count > 1 else None
         embedded = model.embedder(blocks)
         self._cache = open_cache(
-            model.sizes.block,
+            model.acting,
             apply,
             batch=batch,
             tokens=count + new_tokens // length,
@@ -60,7 +61,14 @@ class BlockSession(Session):
             self._next = torch.full((batch, 1), count, device=ids.device)
         else:
             self._next = positions[:, -1:] + 1
-        context = model.block_decoder.body(embedded, positions, self._cache)[:, -1]
+        prefill = prefill_of(apply)
+        context = model.block_decoder.body(
+            embedded,
+            positions,
+            self._cache,
+            passes=prefill.passes,
+            exit_early=model.block_decoder.exits_early(prefill.early_exit, self._cache),
+        )[:, -1]
         self._show(model.token_decoder.first(context, self._rows))
 
     @torch.inference_mode()

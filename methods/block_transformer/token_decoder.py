@@ -63,7 +63,7 @@ class TokenDecoder(nn.Module):
         if valid is not None:
             positions = torch.arange(self.rows, device=tokens.device).expand(len(tokens), -1)
             real = F.pad(valid[:, :-1], (self.lead, 0), value=True)
-            cache = MaskedPass(positions.masked_fill(~real, EMPTY))
+            cache = MaskedPass(self.decoder.config, positions.masked_fill(~real, EMPTY))
         return self._run(hidden, positions, cache, self._memory(vectors))[:, self.lead - 1 :]
 
     def open(self, batch: int) -> BlockRows:

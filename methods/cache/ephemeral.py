@@ -1,45 +1,80 @@
-"""The cache of a pass that has no past: training and scoring."""
+"""The caches of a pass that has no past: training and scoring."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import torch
 from torch import Tensor
 
 from kvlab.kernels.attention import Rule
 from kvlab.methods.cache.interface import Cache, Keys
 from kvlab.methods.cache.opening import last_reads
 from kvlab.methods.cache.policy import Policy
+from kvlab.methods.decoder.config import DecoderConfig
 
 
-class EphemeralCache(Cache):
-    """Hands each layer the rows of this very pass, and forgets them once they are read.
+def one_pass(config: DecoderConfig, policy: Policy | None = None) -> Cache:
+    """Return the cache of one pass over whole sequences, as a decoder of `config` trains.
 
     Args:
         policy: whose rule the rows are read under: the pass then reads what a cache of that policy
             would have kept (see `Policy.rule`). None: the model's own rule.
-        kv_of: the KV layer that each decoder layer reads; empty: its own.
     """
+    if config.sharing is not None and config.sharing.sequential:
+        return GrowingCache(policy)
+    return EphemeralCache(config, policy)
 
-    def __init__(self, policy: Policy | None = None, kv_of: Sequence[int] = ()) -> None:
+
+class _Ruled(Cache):
+    def __init__(self, policy: Policy | None) -> None:
         self._policy = policy
-        self._ends = last_reads(kv_of) if kv_of else None
-        self._rows: dict[int, Keys] = {}
 
     def rule(self, layer: int, own: Rule) -> Rule:
         return own if self._policy is None else self._policy.rule(layer, own)
 
+    def nbytes(self) -> int:
+        return 0
+
+
+class EphemeralCache(_Ruled):
+    """Hands each layer the rows of this very pass, and forgets them once they are read."""
+
+    def __init__(self, config: DecoderConfig, policy: Policy | None = None) -> None:
+        super().__init__(policy)
+        self._ends = last_reads(config.kv_of)
+        self._rows: dict[int, Keys] = {}
+
     def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor | None) -> None:
         self._rows[layer] = Keys(k, v, positions)
 
-    def read(self, layer: int) -> Keys:
-        return self._rows[layer]
+    def read(self, layer: int) -> Keys | None:
+        return self._rows.get(layer)
 
     def observe(self, layer: int, before: Tensor, after: Tensor, key_mass: Tensor | None) -> None:
         """Let go of the rows that no later layer reads: without sharing, one layer is held."""
-        ended = layer if self._ends is None else self._ends.get(layer)
-        if ended is not None:
+        for ended in self._ends.get(layer, ()):
             del self._rows[ended]
 
-    def nbytes(self) -> int:
-        return 0
+
+class GrowingCache(_Ruled):
+    """Keeps every row, joined anew for each, so that gradients reach all of the past.
+
+    It makes a pass exactly what decoding is, and costs time and memory with the square of the
+    length: the measure that passes in parallel are held to.
+    """
+
+    row_by_row = True
+
+    def __init__(self, policy: Policy | None = None) -> None:
+        super().__init__(policy)
+        self._rows: dict[int, Keys] = {}
+
+    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor | None) -> None:
+        assert positions is not None
+        past = self._rows.get(layer)
+        if past is not None and past.positions is not None:
+            k, v = torch.cat((past.k, k), dim=2), torch.cat((past.v, v), dim=2)
+            positions = torch.cat((past.positions, positions), dim=1)
+        self._rows[layer] = Keys(k, v, positions)
+
+    def read(self, layer: int) -> Keys | None:
+        return self._rows.get(layer)

@@ -54,17 +54,24 @@ class Cache(ABC):
 
     The decoder calls, in this order for every forward pass: `plan` once; for each layer `write` (KV
     layers only), `read`, `observe`; then `finish` once. A KV layer has the number of the decoder
-    layer that writes it; later decoder layers may read it too, so its rows of this pass stay until
-    the last of them has (`Opening.kv_of`). The cache owns its storages and decides what stays; the
-    decoder owns the maths. A cache never changes what `read` returned before `finish`. Not thread
-    safe.
+    layer that writes it; others may read it too (`DecoderConfig.kv_of`), so its rows of this pass
+    stay until the last of them has. Layers that read upward are run several times in a pass: they
+    read a KV layer before it is written, `write` comes again, and its last rows count; `observe`
+    comes once for each layer, in the end. The cache owns its storages and decides what stays; the
+    decoder owns the maths. A cache never changes what `read` returned before the next `write` to
+    that KV layer or `finish`. Not thread safe.
 
     Attributes:
+        row_by_row: the decoder must give it one query row at a time.
+        observes_all: it decides by what `observe` shows of every row of every layer, so that none
+            may be left out of a prompt.
         rotates: true when keys are kept un-rotated: the decoder then rotates what `read` returned
             by `rotary_positions` instead of rotating before `write` (positions inside the cache).
     """
 
     rotates: bool = False
+    row_by_row: bool = False
+    observes_all: bool = False
 
     def plan(self, step: Step) -> Extra | None:
         """Return query rows to run beside the caller's, or None."""
@@ -78,8 +85,11 @@ class Cache(ABC):
         """
 
     @abstractmethod
-    def read(self, layer: int) -> Keys:
-        """Return what queries may read of KV layer `layer`: this step's rows included."""
+    def read(self, layer: int) -> Keys | None:
+        """Return what queries may read of KV layer `layer`: this step's rows once it is written.
+
+        Before, the past alone; None where there is none.
+        """
 
     def rule(self, layer: int, own: Rule) -> Rule:
         """What a query of decoder layer `layer` may read: `own`, the model's, or a tighter one."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kvlab import KvlabError
 from kvlab.methods.axis import Method, refuse_unread, resolve
 from kvlab.methods.cache.interface import Cache
 from kvlab.methods.cache.storage import PlainStorage, Space, Storage
@@ -20,12 +21,11 @@ class Opening:
     """What a cache is opened for.
 
     Attributes:
-        config: of the decoder whose past it holds.
+        config: of the decoder whose past it holds, its sharing applied (`Method.acting`).
         method: its run-time axes count: eviction, and what that consumes of budget and precision.
         batch: sequences, left-padded to one length.
         rows: the longest a sequence gets, padding included (blocks for a block decoder).
         device, dtype: of the keys and values.
-        kv_of: the KV layer that each decoder layer reads; empty: its own.
     """
 
     config: DecoderConfig
@@ -34,12 +34,11 @@ class Opening:
     rows: int
     device: torch.device
     dtype: torch.dtype
-    kv_of: tuple[int, ...] = ()
 
     def readers(self) -> dict[int, list[int]]:
         """KV layer -> the decoder layers that read it, in order."""
         found: dict[int, list[int]] = {}
-        for layer, kv in enumerate(self.kv_of or range(self.config.layers)):
+        for layer, kv in enumerate(self.config.kv_of):
             found.setdefault(kv, []).append(layer)
         return found
 
@@ -72,7 +71,7 @@ class Eviction(ABC):
     def open(self, opening: Opening) -> Cache:
         """Return an empty cache."""
 
-    def scoring(self, kv_of: Sequence[int] = ()) -> Cache | None:
+    def scoring(self, config: DecoderConfig) -> Cache | None:
         """Return a cache under which one parallel pass reads what a live cache would have kept.
 
         None where only a token-by-token pass can tell: a choice that depends on content.
@@ -88,7 +87,6 @@ def open_cache(
     tokens: int,
     device: torch.device,
     dtype: torch.dtype,
-    kv_of: tuple[int, ...] = (),
 ) -> Cache:
     """Return the cache that the run-time axes of a method ask for; see `Opening`.
 
@@ -101,27 +99,49 @@ def open_cache(
     """
     method = apply or resolve({})
     refuse_unread(method)
-    return _eviction(method).open(Opening(config, method, batch, tokens, device, dtype, kv_of))
+    return _eviction(method).open(Opening(config, method, batch, tokens, device, dtype))
 
 
-def scoring_cache(apply: Method, kv_of: Sequence[int] = ()) -> Cache | None:
-    """Return the cache under which one pass scores what the run-time axes would have kept.
+def one_pass_cache(config: DecoderConfig, apply: Method | None) -> Cache | None:
+    """Return the cache of one pass over whole sequences under the run-time axes of a method.
 
-    None where only a token-by-token pass can tell.
+    Args:
+        apply: None is full attention.
+
+    Raises:
+        KvlabError: only a token-by-token pass can tell what the cache would keep; see
+            `scores_in_one_pass`.
     """
+    if apply is None:
+        return None
+    cache = _scoring_cache(config, apply)
+    if cache is None:
+        raise KvlabError(f"what '{apply.label}' keeps shows only token by token: start a session")
+    return cache
+
+
+def scores_in_one_pass(config: DecoderConfig, apply: Method) -> bool:
+    """Whether one parallel pass can read what a live cache would have kept."""
+    return _scoring_cache(config, apply) is not None
+
+
+def _scoring_cache(config: DecoderConfig, apply: Method) -> Cache | None:
     refuse_unread(apply)
     changed = [apply.choices.get(axis) for axis in ("budget", "precision")]
     if any(choice is not None and not choice.is_default for choice in changed):
         return None
-    return _eviction(apply).scoring(kv_of)
+    return _eviction(apply).scoring(config)
 
 
-def last_reads(kv_of: Sequence[int]) -> dict[int, int]:
-    """Decoder layer -> the KV layer that no later one reads or writes in the same pass."""
+def last_reads(kv_of: Sequence[int]) -> dict[int, list[int]]:
+    """Decoder layer -> the KV layers that no later one reads or writes in the same pass."""
     last: dict[int, int] = {}
     for layer, kv in enumerate(kv_of):
         last[kv] = max(layer, kv)
-    return {layer: kv for kv, layer in last.items()}
+    ends: dict[int, list[int]] = {}
+    for kv, layer in last.items():
+        ends.setdefault(layer, []).append(kv)
+    return ends
 
 
 def _eviction(method: Method) -> Eviction:

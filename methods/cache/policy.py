@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 
 from kvlab.kernels.attention import Rule
 from kvlab.methods.cache.interface import Cache
 from kvlab.methods.cache.opening import Eviction, Opening
+from kvlab.methods.decoder.config import DecoderConfig
 
 
 class Policy(Eviction):
@@ -27,10 +27,10 @@ class Policy(Eviction):
 
         return SlotCache(self, opening)
 
-    def scoring(self, kv_of: Sequence[int] = ()) -> Cache | None:
-        from kvlab.methods.cache.ephemeral import EphemeralCache
+    def scoring(self, config: DecoderConfig) -> Cache | None:
+        from kvlab.methods.cache.ephemeral import one_pass
 
-        return EphemeralCache(self, kv_of)
+        return one_pass(config, self)
 
     @abstractmethod
     def capacity(self, layer: int, rows: int) -> int:

@@ -17,8 +17,8 @@ class _Table:
     """The positions [B, C] in the slots of every layer that has C of them.
 
     Attributes:
-        held: slots in use before the pass; `readable`: positions its queries may meet, as `read`
-            returns them.
+        held: slots in use when its queries read; `readable`: positions they may meet, as `read`
+            returns them. before, past: the same of KV layers that the pass has not written yet.
         exact: whether every query may read every held row; false where layers with other windows
             share a KV layer.
         direct: whether the pass writes its rows where they stay, before they are read.
@@ -32,6 +32,8 @@ class _Table:
         self.exact = True
         self.direct = False
         self.readable: Tensor | None = None
+        self.before = 0
+        self.past: Tensor | None = None
         self.rows: slice | Tensor = slice(0)
         self.slots: slice | Tensor = slice(0)
 
@@ -44,7 +46,8 @@ class _Table:
         self.rows = _index([row for _, row in ordered], device)
         # One row drops only what its query may not read; several may drop what the first may read.
         self.direct = seen > 0 and (arriving == 1 or seen + arriving <= self.capacity)
-        self.held = min(seen + arriving if self.direct else seen, self.capacity)
+        self.before = min(seen, self.capacity)
+        self.held = min(seen + arriving, self.capacity) if self.direct else self.before
 
     def store(self, positions: Tensor) -> None:
         self.positions[:, self.slots] = positions[:, self.rows]
@@ -80,13 +83,16 @@ class SlotCache(Cache):
         self._positions: Tensor | None = None
         self._tables: dict[int, _Table] = {}
         self._layers: dict[int, _Layer] = {}
-        self._ends = last_reads(opening.kv_of or range(opening.config.layers))
+        self._written: set[int] = set()
+        self._ends = last_reads(opening.config.kv_of)
+        sharing = opening.config.sharing
         for kv, readers in opening.readers().items():
             capacity = min(policy.capacity(kv, opening.rows), opening.window(readers))
             if capacity not in self._tables:
                 self._tables[capacity] = _Table(opening.batch, capacity, opening.device)
             table = self._tables[capacity]
             table.exact &= all(opening.window([reader]) >= capacity for reader in readers)
+            table.exact &= sharing is None or not sharing.strict
             self._layers[kv] = _Layer(opening.storage(capacity), table)
 
     def rule(self, layer: int, own: Rule) -> Rule:
@@ -102,29 +108,37 @@ class SlotCache(Cache):
         if step.positions is not None and (step.rows > 1 or not self._seen):
             self._padded = True  # as far as anyone can tell without asking the device
             self._refuse_gaps(step.positions)
+        self._written.clear()
         for table in self._tables.values():
             table.place(self._policy, self._seen, step.rows)
             if not self._seen:
                 table.readable = step.positions
-            elif table.direct:
-                table.store(self._known())
-                masked = self._padded or step.rows > 1 or not table.exact
-                table.readable = table.positions[:, : table.held] if masked else None
-            else:
-                past = table.positions[:, : table.held]
-                table.readable = torch.cat((past, self._known()), dim=1)
+                continue
+            table.past = table.positions[:, : table.before]
+            if not table.direct:
+                table.readable = torch.cat((table.past, self._known()), dim=1)
+                continue
+            table.store(self._known())
+            masked = self._padded or step.rows > 1 or not table.exact
+            table.readable = table.positions[:, : table.held] if masked else None
+            # A full ring shows the new row's position where the row that it pushes out still lies.
+            if not masked and table.before < table.held:
+                table.past = None
         return None
 
     def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor | None) -> None:
         store = self._layers[layer]
+        self._written.add(layer)
         if store.table.direct:
             store.storage.put(store.table.slots, k, v)
         else:
             store.fresh = k, v
 
-    def read(self, layer: int) -> Keys:
+    def read(self, layer: int) -> Keys | None:
         store = self._layers[layer]
         table = store.table
+        if layer not in self._written:
+            return Keys(*store.storage.get(table.before), table.past) if table.before else None
         if store.fresh is None:
             return Keys(*store.storage.get(table.held), table.readable)
         k, v = store.fresh
@@ -135,14 +149,12 @@ class SlotCache(Cache):
 
     def observe(self, layer: int, before: Tensor, after: Tensor, key_mass: Tensor | None) -> None:
         """Store the rows that stay, and let go of the others: nobody reads them any more."""
-        ended = self._ends.get(layer)
-        if ended is None:
-            return
-        store = self._layers[ended]
-        if store.fresh is not None:
-            (k, v), rows = store.fresh, store.table.rows
-            store.storage.put(store.table.slots, k[:, :, rows], v[:, :, rows])
-            store.fresh = None
+        for ended in self._ends.get(layer, ()):
+            store = self._layers[ended]
+            if store.fresh is not None:
+                (k, v), rows = store.fresh, store.table.rows
+                store.storage.put(store.table.slots, k[:, :, rows], v[:, :, rows])
+                store.fresh = None
 
     def finish(self) -> None:
         for table in self._tables.values():

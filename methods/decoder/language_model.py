@@ -11,11 +11,12 @@ from torch import Tensor
 from kvlab import KvlabError
 from kvlab.kernels.attention import EMPTY
 from kvlab.methods.axis import Method
-from kvlab.methods.cache.interface import Cache
-from kvlab.methods.cache.opening import open_cache
+from kvlab.methods.cache.opening import one_pass_cache, open_cache
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.model import Decoder
 from kvlab.methods.model import LanguageModel, Score, Session
+from kvlab.methods.prefill.params import prefill_of
+from kvlab.methods.sharing.convert import merge_of, start_layers
 from kvlab.methods.weights import fill, without_weights
 
 
@@ -26,21 +27,35 @@ class TokenModel(LanguageModel):
         super().__init__()
         self.config = config
         self.method = method
-        self.decoder = Decoder(config)
+        self.decoder = Decoder(method.acting(config))
 
     @classmethod
     def convert(cls, parent: LanguageModel, method: Method) -> LanguageModel:
         if not isinstance(parent, TokenModel):
             raise KvlabError(f"a {type(parent).__name__} cannot be converted back to tokens")
         model = without_weights(lambda: cls(parent.config, method))
-        copies = {name: tensor.clone() for name, tensor in parent.state_dict().items()}
-        fill(model, copies, "the parent")
+        config, layers = model.decoder.config, "decoder.layers."
+        started = start_layers(config, parent.decoder, range(config.layers), merge_of(method))
+        tensors = {
+            name: tensor.clone()
+            for name, tensor in parent.state_dict().items()
+            if not name.startswith(layers)
+        }
+        tensors |= {layers + name: tensor for name, tensor in started.tensors.items()}
+        fill(model, tensors, "the parent")
+        model.fresh = frozenset(layers + name for name in started.merged)
         return model
 
     def forward(
-        self, ids: Tensor, valid: Tensor | None = None, cache: Cache | None = None
+        self, ids: Tensor, valid: Tensor | None = None, apply: Method | None = None
     ) -> Score:
-        hidden = self.decoder.body(self.decoder.embed(ids), positions_of(valid), cache, ids)
+        hidden = self.decoder.body(
+            self.decoder.embed(ids),
+            positions_of(valid),
+            one_pass_cache(self.decoder.config, apply),
+            ids,
+            passes=prefill_of(apply).passes,
+        )
         nll = F.pad(self.decoder.nll(hidden[:, :-1], ids[:, 1:]), (1, 0))
         scored = scored_of(ids, valid)
         return Score(nll if valid is None else nll.masked_fill(~scored, 0.0), scored)
@@ -58,6 +73,13 @@ class TokenModel(LanguageModel):
         apply: Method | None = None,
     ) -> Session:
         return TokenSession(self.decoder, ids, valid, new_tokens, apply)
+
+    @property
+    def acting(self) -> DecoderConfig:
+        return self.decoder.config
+
+    def checkpoint_gradients(self, on: bool) -> None:
+        self.decoder.checkpoint_gradients(on)
 
     def body_parameters(self) -> int:
         return self.decoder.body_parameters()
@@ -96,7 +118,15 @@ class TokenSession(Session):
             self._next = torch.full((batch, 1), rows, device=ids.device)
         else:
             self._next = positions[:, -1:] + 1
-        hidden = decoder.body(hidden, positions, self._cache, ids)
+        prefill = prefill_of(apply)
+        hidden = decoder.body(
+            hidden,
+            positions,
+            self._cache,
+            ids,
+            passes=prefill.passes,
+            exit_early=decoder.exits_early(prefill.early_exit, self._cache),
+        )
         self.logits = decoder.head(hidden[:, -1])
 
     @torch.inference_mode()

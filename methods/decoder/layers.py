@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kvlab.kernels.attention import Rule, attend
 from kvlab.kernels.norm import rms_norm
 from kvlab.kernels.precision import working_dtype
-from kvlab.methods.cache.interface import Cache
+from kvlab.methods.cache.interface import Cache, Keys
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.rope import Rotation
 
 
+Onward = Literal["all", "last", "none"]
+"""Which rows go on from a layer: all; the last alone; none: only their keys and values are kept."""
+
+
 class Pass:
-    """What all layers of one forward pass share: positions, rotation, masks and the cache."""
+    """What all layers of one forward pass share: positions, rotation, masks and the cache.
+
+    Attributes:
+        positions: [B, T] of the rows, None where they are packed; places: the same, never None.
+        final: no further pass over these layers follows.
+    """
 
     def __init__(
         self, positions: Tensor | None, frequencies: Tensor, like: Tensor, cache: Cache
@@ -27,17 +40,28 @@ class Pass:
         else:
             self.places = positions
         self.rotation = Rotation(frequencies, self.places, working_dtype(like))
+        self.final = True
+        # Where keys stand that come without positions: those of packed rows.
+        self._packed = self.places if positions is None else None
         self._masks: dict[tuple[int, Rule], tuple[Tensor, Tensor]] = {}
+
+    def last_row(self, like: Tensor) -> Pass:
+        """Return the same pass for its last row alone, which reads the keys of all of them."""
+        last = Pass(self.places[:, -1:].expand(len(like), 1), self.frequencies, like, self.cache)
+        last._packed = self._packed
+        return last
 
     def mask(self, rule: Rule, k_positions: Tensor | None) -> Tensor | None:
         """The mask of these keys, made once for all layers whose keys have the same positions.
 
-        None where there is nothing to mask, or nothing but the future of packed rows.
+        None where there is nothing to mask, or where `attend` knows the mask of packed rows.
         """
         keys = k_positions
-        packed = keys is None and self.positions is None
-        if packed and not rule.is_causal(self.places.shape[1]):
-            keys = self.places
+        if keys is None and self._packed is not None:
+            rows = self._packed.shape[1]
+            if rule.is_causal(rows) or (self.positions is None and rule.is_causal(rows, by=1)):
+                return None
+            keys = self._packed
         if keys is None:
             return None
         known = self._masks.get((id(keys), rule))
@@ -48,41 +72,78 @@ class Pass:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention that writes to and reads from a cache."""
+    """Grouped-query attention over the rows of a KV layer in a cache: its own, or another's.
+
+    `qkv` maps to queries, keys and values; to queries alone where no layer reads this one.
+    """
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer
-        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        rows = (config.heads + 2 * config.kv_heads) * config.head_dim
+        self.layer, self.source = layer, config.kv_of[layer]
+        self.owns_kv = layer in config.kv_layers
+        self.heads, self.head_dim = config.heads, config.head_dim
+        self.kv_heads = config.kv_heads if self.owns_kv else 0
+        rows = (self.heads + 2 * self.kv_heads) * self.head_dim
         self.qkv = nn.Linear(config.width, rows, bias=config.qkv_bias)
         self.out = nn.Linear(config.heads * config.head_dim, config.width, bias=config.out_bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
-        self.rule = Rule(window=config.windows[layer] if config.windows else None)
+        owned = config.qk_norm and self.owns_kv
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if owned else None
+        strict = config.sharing is not None and (config.sharing.strict or self.source > layer)
+        self.rule = Rule(strict, config.windows[layer] if config.windows else None)
 
     def forward(self, x: Tensor, step: Pass) -> tuple[Tensor, Tensor | None]:
         """Map normed hidden states [B, T, W] to the layer's attention output and its key mass."""
-        batch, rows, _ = x.shape
-        cache, layer = step.cache, self.layer
-        qkv = self.qkv(x).view(batch, rows, -1, self.head_dim).transpose(1, 2)
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if not cache.rotates:
-            q, k = step.rotation(q), step.rotation(k)
-        cache.write(layer, k, v, step.positions)
-        k, v, k_positions = cache.read(layer)
+        heads = self._heads(self.qkv(x))
+        if self.owns_kv:
+            counts = [self.heads, self.kv_heads, self.kv_heads]
+            q, k, v = torch.split(heads, counts, dim=1)
+            step.cache.write(self.layer, self._turned(k, self.k_norm, step), v, step.positions)
+        else:
+            q = heads
+        keys = step.cache.read(self.source)
+        return self.read(self._turned(q, self.q_norm, step), keys, step)
+
+    def queries(self, x: Tensor, step: Pass) -> Tensor:
+        """Map normed hidden states [B, T, W] to the queries [B, H, T, D] alone."""
+        q = self._heads(self._part(x, slice(None, self.heads * self.head_dim)))
+        return self._turned(q, self.q_norm, step)
+
+    def keys_values(self, x: Tensor, step: Pass) -> tuple[Tensor, Tensor]:
+        """Map normed hidden states [B, T, W] to the keys and values [B, H_kv, T, D] alone."""
+        k, v = self._heads(self._part(x, slice(self.heads * self.head_dim, None))).chunk(2, dim=1)
+        return self._turned(k, self.k_norm, step), v
+
+    def read(self, q: Tensor, keys: Keys | None, step: Pass) -> tuple[Tensor, Tensor | None]:
+        """Attend to what the cache gave; return the output [B, T, W] and the key mass."""
+        if keys is None:
+            nothing = q.new_zeros(len(q), q.shape[2], self.heads * self.head_dim)
+            return self.out(nothing), None
+        cache, (k, v, k_positions) = step.cache, keys
         if cache.rotates:
-            for_queries, for_keys = cache.rotary_positions(layer, step.places)
+            for_queries, for_keys = cache.rotary_positions(self.source, step.places)
             q = Rotation(step.frequencies, for_queries, q.dtype)(q)
             k = Rotation(step.frequencies, for_keys, k.dtype)(k)
-        rule = cache.rule(layer, self.rule)
+        rule = cache.rule(self.layer, self.rule)
+        mass_rows = cache.key_mass_rows(self.layer) if step.final else None
         out, key_mass = attend(
             q, k, v, step.positions, k_positions, rule,
-            mass_rows=cache.key_mass_rows(layer), mask=step.mask(rule, k_positions),
+            mass_rows=mass_rows, mask=step.mask(rule, k_positions),
         )  # fmt: skip
         return self.out(out.transpose(1, 2).flatten(2)), key_mass
+
+    def _heads(self, rows: Tensor) -> Tensor:
+        """Turn [B, T, heads D] into [B, heads, T, D]."""
+        return torch.unflatten(rows, -1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _part(self, x: Tensor, rows: slice) -> Tensor:
+        bias = None if self.qkv.bias is None else self.qkv.bias[rows]
+        return F.linear(x, self.qkv.weight[rows], bias)
+
+    def _turned(self, heads: Tensor, norm: RMSNorm | None, step: Pass) -> Tensor:
+        """Norm and rotate queries or keys [B, heads, T, D]."""
+        heads = heads if norm is None else norm(heads)
+        return heads if step.cache.rotates else step.rotation(heads)
 
 
 class FeedForward(nn.Module):
@@ -113,24 +174,73 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """One decoder layer: x + attention, then + feed-forward (of x itself when parallel)."""
+    """One decoder layer: x + attention, then + feed-forward (of x itself when parallel).
+
+    Attributes:
+        checkpointing: recompute in the backward pass instead of keeping what it needs: of a layer
+            only its input, its keys and its values stay.
+    """
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.parallel = config.parallel
+        self.checkpointing = False
         self.attention_norm = norm(config)
         self.attention = Attention(config, layer)
         self.mlp_norm = norm(config)
         self.mlp = FeedForward(config)
 
-    def forward(self, x: Tensor, step: Pass) -> Tensor:
-        """Map the residual stream [B, T, W] to the next layer's."""
+    def forward(self, x: Tensor, step: Pass, onward: Onward = "all") -> Tensor:
+        """Map the residual stream [B, T, W] to the next layer's, of the rows that go on."""
+        if onward != "all":
+            k, v = self.attention.keys_values(self.attention_norm(x), step)
+            step.cache.write(self.layer, k, v, step.positions)
+            return x if onward == "none" else self._last(x[:, -1:], step)
+        if self.checkpointing and torch.is_grad_enabled():
+            return self._recomputed(x, step)
         attended, key_mass = self.attention(self.attention_norm(x), step)
         after = x + attended
+        if step.final:
+            step.cache.observe(self.layer, x, after, key_mass)
+        return self._fed(x, after)
+
+    def _last(self, x: Tensor, step: Pass) -> Tensor:
+        """The rest of the layer for the last row [B, 1, W], whose keys are kept already."""
+        step = step.last_row(x)
+        q = self.attention.queries(self.attention_norm(x), step)
+        attended, key_mass = self.attention.read(q, step.cache.read(self.attention.source), step)
+        after = x + attended
         step.cache.observe(self.layer, x, after, key_mass)
+        return self._fed(x, after)
+
+    def _recomputed(self, x: Tensor, step: Pass) -> Tensor:
+        """What the cache gives is read once, now: in the backward pass it holds something else."""
+        attention, cache = self.attention, step.cache
+        if attention.owns_kv:
+            k, v = _checkpoint(lambda x: attention.keys_values(self.attention_norm(x), step), x)
+            cache.write(self.layer, k, v, step.positions)
+        keys = cache.read(attention.source)
+
+        def rest(x: Tensor, *kv: Tensor) -> tuple[Tensor, Tensor]:
+            q = attention.queries(self.attention_norm(x), step)
+            read = None if keys is None else Keys(kv[0], kv[1], keys.positions)
+            after = x + attention.read(q, read, step)[0]
+            return after, self._fed(x, after)
+
+        after, out = _checkpoint(rest, x, *(() if keys is None else keys[:2]))
+        if step.final:
+            cache.observe(self.layer, x, after, None)
+        return torch.as_tensor(out)
+
+    def _fed(self, x: Tensor, after: Tensor) -> Tensor:
         out: Tensor = after + self.mlp(self.mlp_norm(x if self.parallel else after))
         return out
+
+
+def _checkpoint(compute: Callable[..., Any], *inputs: Tensor) -> Any:
+    """Run `compute`, which is run again in the backward pass."""
+    return checkpoint(compute, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class RMSNorm(nn.Module):

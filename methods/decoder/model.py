@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from kvlab import KvlabError
 from kvlab.kernels.likelihood import linear_nll
-from kvlab.methods.cache.ephemeral import EphemeralCache
+from kvlab.methods.cache.ephemeral import one_pass
 from kvlab.methods.cache.interface import Cache, Step
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.layers import Layer, Pass, norm
 from kvlab.methods.decoder.rope import signed_frequencies
+from kvlab.methods.decoder.segments import Segment, exit_layer, passes_of, segments
 
 
 class Decoder(nn.Module):
@@ -31,6 +32,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width) if embeddings else None
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
+        self._segments, self._exit = segments(config), exit_layer(config)
         self.norm = norm(config)
         own_head = head and not (config.tie_embeddings and embeddings)
         self.output = nn.Linear(config.width, config.vocab_size, bias=False) if own_head else None
@@ -57,6 +59,9 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         cache: Cache | None = None,
         ids: Tensor | None = None,
+        *,
+        passes: int | None = None,
+        exit_early: bool = False,
     ) -> Tensor:
         """Run the layers and the final norm.
 
@@ -65,24 +70,101 @@ class Decoder(nn.Module):
             positions: [B, T] int64, EMPTY on padding. None: rows 0..T-1 without padding.
             cache: the past; None reads and keeps nothing (training, scoring).
             ids: [B, T] what `hidden` embeds, for a cache that wants to see tokens.
+            passes: over layers that read keys from above them; None: the model's own number.
+            exit_early: leave out of the upper layers all rows but the last (see `exit_layer`).
 
         Returns:
-            [B, T, W], after the final norm; rows of padding hold nothing meaningful.
+            [B, T, W], after the final norm; rows of padding hold nothing meaningful. [B, 1, W]
+            with `exit_early`.
         """
-        cache = EphemeralCache() if cache is None else cache
+        cache = one_pass(self.config) if cache is None else cache
         rows = hidden.shape[1]
+        if cache.row_by_row and rows > 1:
+            return self._row_by_row(hidden, positions, cache, ids)
         extra = cache.plan(Step(rows, ids, positions))
         if extra is not None:
-            if positions is None:
-                positions = torch.arange(rows, device=hidden.device).expand(len(hidden), rows)
+            positions = self._places(hidden, positions)
             hidden = torch.cat((hidden, self.embed(extra.ids)), dim=1)
             positions = torch.cat((positions, extra.positions), dim=1)
         step = self._pass(hidden, positions, cache)
-        for layer in self.layers:
-            hidden = layer(hidden, step)
+        for segment in self._segments:
+            if segment.cyclic:
+                hidden = self._cycle(segment, hidden, step, passes)
+                continue
+            for i in range(segment.start, segment.stop):
+                if exit_early and i == self._exit:
+                    hidden = self.layers[i](hidden, step, "last")
+                    step, rows = step.last_row(hidden), 1
+                else:
+                    hidden = self.layers[i](hidden, step)
         cache.finish()
         normed: Tensor = self.norm(hidden if extra is None else hidden[:, :rows])
         return normed
+
+    def _cycle(self, segment: Segment, hidden: Tensor, step: Pass, passes: int | None) -> Tensor:
+        """Run layers that read upward, pass after pass, each from the same rows.
+
+        In a pass they read the keys of the pass before; the first finds the past alone. Only the
+        last `backward_passes` have a gradient. Of the topmost layer, passes before the last want
+        the keys and values alone.
+        """
+        *below, top = range(segment.start, segment.stop)
+        sharing = self.config.sharing
+        assert sharing is not None
+        count = passes_of(self.config, hidden.shape[1], passes)
+        learns = torch.is_grad_enabled()
+        out = hidden
+        for number in range(count):
+            step.final = number == count - 1
+            left = count - number
+            if learns and left == sharing.backward_passes:
+                torch.clear_autocast_cache()  # it holds weights that were cast without gradient
+            with torch.set_grad_enabled(learns and left <= sharing.backward_passes):
+                out = hidden
+                for i in below:
+                    out = self.layers[i](out, step)
+                out = self.layers[top](out, step, "all" if step.final else "none")
+        return out
+
+    def _row_by_row(
+        self, hidden: Tensor, positions: Tensor | None, cache: Cache, ids: Tensor | None
+    ) -> Tensor:
+        """Give the cache one row at a time."""
+        positions = self._places(hidden, positions)
+        rows = [
+            self.body(
+                hidden[:, i : i + 1],
+                positions[:, i : i + 1],
+                cache,
+                None if ids is None else ids[:, i : i + 1],
+            )
+            for i in range(hidden.shape[1])
+        ]
+        return torch.cat(rows, dim=1)
+
+    def _places(self, hidden: Tensor, positions: Tensor | None) -> Tensor:
+        if positions is not None:
+            return positions
+        return torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
+
+    def exits_early(self, wanted: bool | None, cache: Cache) -> bool:
+        """Whether `body` may leave rows of a prompt out of the upper layers.
+
+        Args:
+            wanted: None decides: where it leaves out whole layers.
+
+        Raises:
+            KvlabError: it is wanted and cannot be.
+        """
+        if wanted is False or (wanted is None and cache.observes_all):
+            return False
+        if wanted is None:
+            return self._exit is not None and self._exit < self.config.layers - 1
+        if self._exit is None:
+            raise KvlabError("early_exit: the last KV layer is run in passes, which need all rows")
+        if cache.observes_all:
+            raise KvlabError("early_exit: the cache decides by every row of every layer")
+        return True
 
     def _pass(self, hidden: Tensor, positions: Tensor | None, cache: Cache) -> Pass:
         if self._frequencies.device != hidden.device:
@@ -104,6 +186,12 @@ class Decoder(nn.Module):
         if table is None:
             raise KvlabError("this decoder has no head: it runs over embeddings")
         return table.weight
+
+    def checkpoint_gradients(self, on: bool) -> None:
+        """Recompute layers in the backward pass, or keep what it needs."""
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            layer.checkpointing = on
 
     def body_parameters(self) -> int:
         """Parameters of the layers and the final norm."""

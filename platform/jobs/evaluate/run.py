@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvlab.methods.axis import Method, from_dict
-from kvlab.methods.cache.opening import scoring_cache
+from kvlab.methods.cache.opening import scores_in_one_pass
 from kvlab.methods.model import LanguageModel
 from kvlab.methods.store import load
 from kvlab.platform.data import corpus
@@ -73,18 +73,18 @@ def _score(
 ) -> Tensor:
     """Return [N, T] float64 on the CPU."""
     method = from_dict(spec["apply"])
+    at_once = scores_in_one_pass(model.acting, method)
     size = spec["batch_size"]
     parts = []
     for start in range(0, len(windows), size):
         batch = slice(start, start + size)
         ids, targets = windows.ids[batch].to(device), windows.targets[batch].to(device)
-        cache = scoring_cache(method)
-        if cache is None:
-            parts.append(_token_by_token(model, ids, targets, method, context))
-        else:
+        if at_once:
             valid = windows.valid[batch]
             padding = None if bool(valid.all()) else valid.to(device)
-            parts.append(parallel(model, ids, padding, targets, cache).double().cpu())
+            parts.append(parallel(model, ids, padding, targets, method).double().cpu())
+        else:
+            parts.append(_token_by_token(model, ids, targets, method, context))
         if context.stopping():
             raise Stopped
         context.progress(min(start + size, len(windows)), len(windows), "windows")

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvlab.methods.axis import Method
-from kvlab.methods.cache.interface import Cache
 from kvlab.methods.model import LanguageModel
 from kvlab.platform.jobs.context import JobError
 
@@ -20,17 +19,17 @@ def parallel(
     ids: Tensor,
     valid: Tensor | None,
     targets: Tensor,
-    cache: Cache | None = None,
+    apply: Method | None = None,
 ) -> Tensor:
     """Score windows [B, T] in one pass; return [B, T] float32, 0 where there is no target.
 
     Args:
-        cache: of `scoring_cache`, whose rule stands for what a live cache would have evicted.
+        apply: run-time axes whose rule stands for what a live cache would have evicted.
 
     Raises:
         JobError: the model does not predict one of the targets.
     """
-    score = model(ids, valid, cache)
+    score = model(ids, valid, apply)
     if bool((targets & ~score.scored).any()):
         place = int((targets & ~score.scored).nonzero()[0, 1])
         raise JobError(f"the model does not predict position {place}: first_target is too early")

@@ -58,9 +58,10 @@ class Evaluate(Kind):
         assert isinstance(settings, EvaluateSettings)
         config, trained = lineage(around.parents["of"])
         length = settings.sequence_length or around.data["sequence_length"]
-        for name, message in compatible(settings.apply, config):
+        made = method_of(trained)
+        for name, message in compatible(settings.apply, config, trained=made):
             yield f"apply.{name}", message
-        span = method_of(trained).span()
+        span = made.span()
         if length % span or length < 2 * span:
             yield (
                 "sequence_length",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvlab.methods.axis import REGISTRY, AxisName, Choice, Method, MethodError, Value, resolve
 from kvlab.methods.cache.interface import Cache
-from kvlab.methods.cache.opening import Eviction, Opening, scoring_cache
+from kvlab.methods.cache.opening import Eviction, Opening, one_pass_cache, scores_in_one_pass
 from kvlab.methods.cache.storage import PlainStorage, Space
 from kvlab.methods.cost import cost_of
 from kvlab.methods.decoder.config import DecoderConfig
@@ -66,7 +66,6 @@ def values(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     made: list[tuple[AxisName, str, str, tuple[AxisName, ...]]] = [
         ("precision", "halved", "Halved", ()),
         ("budget", "pyramid", "Nothing", ()),
-        ("sharing", "pizza", "Nothing", ()),
         ("eviction", "everything", "Everything", ("budget",)),
     ]
     for axis, name, attribute, consumes in made:
@@ -84,8 +83,6 @@ def values(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ({"pyramid": {}}, "budget 'pyramid' would change nothing: eviction 'full_attention' does"),
         ({"pyramid": {}, "sliding_window": {}}, "eviction 'sliding_window' does not read the bud"),
         ({"halved": {}, "everything": {}}, "precision 'halved' would change nothing: eviction 'ev"),
-        ({"pizza": {}}, "sharing 'pizza' would change nothing: granularity 'token' does not read"),
-        ({"pizza": {}, "block_transformer": {}}, "granularity 'block_transformer' does not read"),
     ],
 )
 def test_a_choice_that_nothing_reads(written: dict[str, Any], error: str) -> None:
@@ -103,7 +100,7 @@ def test_a_method_put_together_by_hand_is_refused_too(
     model = tiny("llama")
     for use in (
         lambda: model.start(ids(1, 3), new_tokens=1, apply=method),
-        lambda: scoring_cache(method),
+        lambda: one_pass_cache(model.config, method),
         lambda: cost_of(model.config, method),
     ):
         with pytest.raises(MethodError, match="would change nothing"):
@@ -120,7 +117,7 @@ def test_the_eviction_opens_the_cache(
     (opening,) = Everything.opened
     assert (opening.batch, opening.rows, opening.config) == (2, 8, model.config)
     assert opening.method["budget"].value.name == "pyramid"
-    assert scoring_cache(method) is None
+    assert not scores_in_one_pass(model.config, method)
 
 
 @pytest.mark.parametrize("eviction", ["full_attention", "sliding_window"])
@@ -141,4 +138,4 @@ def test_precision_is_a_storage(
     predicted = [cost_of(model.config, m).kv_bytes(32, 4) for m in (plain, halved)]
     assert [a.kv_bytes() - tables, b.kv_bytes() - tables] == [2 * n for n in predicted]
     assert predicted[0] == 2 * predicted[1]
-    assert scoring_cache(halved) is None
+    assert not scores_in_one_pass(model.config, halved)

@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvlab.kernels.attention import Rule
 from kvlab.methods.axis import resolve
 from kvlab.methods.cache.ephemeral import EphemeralCache
-from kvlab.methods.cache.interface import Cache, Extra, Keys, Step
-from kvlab.methods.cache.opening import open_cache, scoring_cache
-from kvlab.methods.decoder.config import DecoderConfig
+from kvlab.methods.cache.interface import Cache
+from kvlab.methods.cache.opening import one_pass_cache, open_cache
+from kvlab.methods.decoder.config import DecoderConfig, Sharing
 from kvlab.methods.decoder.language_model import TokenModel
 from kvlab.methods.decoder.model import Decoder
 
@@ -21,35 +20,6 @@ KV_OF = (0, 0, 2, 0)
 """Layer 3 reads an early KV layer after a later one was written."""
 WINDOWS = (3, None, 5, 4)
 WINDOW = resolve({"sliding_window": {"window": 4}})
-
-
-class Shared(Cache):
-    """A decoder whose layers read by `KV_OF`: what others would write goes nowhere."""
-
-    def __init__(self, inner: Cache) -> None:
-        self.inner = inner
-
-    def plan(self, step: Step) -> Extra | None:
-        return self.inner.plan(step)
-
-    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor | None) -> None:
-        if KV_OF[layer] == layer:
-            self.inner.write(layer, k, v, positions)
-
-    def read(self, layer: int) -> Keys:
-        return self.inner.read(KV_OF[layer])
-
-    def rule(self, layer: int, own: Rule) -> Rule:
-        return self.inner.rule(layer, own)
-
-    def observe(self, layer: int, before: Tensor, after: Tensor, key_mass: Tensor | None) -> None:
-        self.inner.observe(layer, before, after, key_mass)
-
-    def finish(self) -> None:
-        self.inner.finish()
-
-    def nbytes(self) -> int:
-        return self.inner.nbytes()
 
 
 class KeepsAll(EphemeralCache):
@@ -62,7 +32,7 @@ class KeepsAll(EphemeralCache):
 def slots(config: DecoderConfig, method: object, rows: int) -> Cache:
     return open_cache(
         config, method, batch=2, tokens=rows, device=torch.device("cpu"),  # type: ignore[arg-type]
-        dtype=torch.float32, kv_of=KV_OF,
+        dtype=torch.float32,
     )  # fmt: skip
 
 
@@ -71,7 +41,7 @@ def read(decoder: Decoder, text: Tensor, cache: Cache, chunks: tuple[int, ...]) 
     pieces = zip(text.split(chunks, 1), places.split(chunks, 1), strict=True)
     return torch.cat(
         [
-            decoder.body(decoder.embed(some), where if i else None, Shared(cache), some)
+            decoder.body(decoder.embed(some), where if i else None, cache, some)
             for i, (some, where) in enumerate(pieces)
         ],
         1,
@@ -88,11 +58,12 @@ def test_slots(
     chunks: tuple[int, ...],
     limited: bool,
 ) -> None:
-    decoder, text = tiny("llama", layers=4, windows=windows).decoder, ids(2, 12)
+    decoder = tiny("llama", layers=4, windows=windows, sharing=Sharing(KV_OF)).decoder
+    text = ids(2, 12)
     method = WINDOW if limited else resolve({})
     policy = method["eviction"].value.load()(method["eviction"].params)
     with torch.inference_mode():
-        expected = read(decoder, text, KeepsAll(policy), (12,))
+        expected = read(decoder, text, KeepsAll(decoder.config, policy), (12,))
         found = read(decoder, text, slots(decoder.config, method, 12), chunks)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -100,16 +71,16 @@ def test_slots(
 def test_scoring_keeps_a_layer_until_its_last_reader(
     tiny: Callable[..., TokenModel], ids: Callable[..., Tensor]
 ) -> None:
-    decoder, text = tiny("llama", layers=4).decoder, ids(2, 12)
-    cache = scoring_cache(resolve({}), KV_OF)
+    decoder, text = tiny("llama", layers=4, sharing=Sharing(KV_OF)).decoder, ids(2, 12)
+    cache = one_pass_cache(decoder.config, resolve({}))
     assert isinstance(cache, EphemeralCache)
-    expected = read(decoder, text, KeepsAll(), (12,))
+    expected = read(decoder, text, KeepsAll(decoder.config), (12,))
     torch.testing.assert_close(read(decoder, text, cache, (12,)), expected)
     assert not cache._rows
 
 
 def test_only_kv_layers_take_bytes(tiny: Callable[..., TokenModel]) -> None:
-    config = tiny("llama", layers=4, windows=WINDOWS).config
+    config = tiny("llama", layers=4, windows=WINDOWS, sharing=Sharing(KV_OF)).config
     row = 2 * 2 * config.kv_heads * config.head_dim * 4
     tables = 2 * 8 * (20 + 5)
     assert slots(config, resolve({}), 20).nbytes() == (20 + 5) * row + tables

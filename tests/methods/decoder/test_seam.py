@@ -64,7 +64,9 @@ class Shuffled(Log):
     """Hands out the rows of every layer in an order of its own."""
 
     def read(self, layer: int) -> Keys:
-        k, v, positions = super().read(layer)
+        keys = super().read(layer)
+        assert keys is not None
+        k, v, positions = keys
         assert positions is not None
         order = torch.randperm(k.shape[2])
         return Keys(k[:, :, order], v[:, :, order], positions[:, order])
@@ -74,7 +76,9 @@ class PerHead(Log):
     """Every KV head has its rows in its own order, with empty slots among them."""
 
     def read(self, layer: int) -> Keys:
-        k, v, positions = super().read(layer)
+        keys = super().read(layer)
+        assert keys is not None
+        k, v, positions = keys
         assert positions is not None
         heads, rows = k.shape[1], k.shape[2]
         orders = torch.stack([torch.randperm(rows + 3) for _ in range(heads)])
@@ -128,7 +132,9 @@ class Rebuilding(Log):
         super().write(layer, k[:, :, keep], v[:, :, keep], positions[:, keep])
 
     def read(self, layer: int) -> Keys:
-        k, v, positions = super().read(layer)
+        keys = super().read(layer)
+        assert keys is not None
+        k, v, positions = keys
         other = self.beside[layer]
         assert positions is not None
         assert other.positions is not None
@@ -276,7 +282,9 @@ class Masked(Log):
         return slice(None)
 
     def read(self, layer: int) -> Keys:
-        k, v, positions = super().read(layer)
+        keys = super().read(layer)
+        assert keys is not None
+        k, v, positions = keys
         assert positions is not None
         gone = self.gone[layer, :, : k.shape[2]].unsqueeze(0)
         return Keys(k, v, positions.unsqueeze(1).masked_fill(gone, EMPTY))

@@ -9,7 +9,6 @@ import torch
 
 from kvlab.methods.axis import from_dict
 from kvlab.methods.build import build
-from kvlab.methods.cache.opening import scoring_cache
 from kvlab.methods.store import load, save
 from kvlab.platform.data import corpus
 from kvlab.platform.data.corpus import Corpus
@@ -150,7 +149,7 @@ def test_one_pass_scores_what_the_live_cache_gives(arm, window, request):
     method = from_dict({"eviction": {"sliding_window": {"window": window}}})
     ids = torch.randint(1, 257, (3, 32), generator=torch.Generator().manual_seed(0))
     targets = torch.arange(32).expand(3, 32) >= 4
-    at_once = parallel(model, ids, None, targets, scoring_cache(method))
+    at_once = parallel(model, ids, None, targets, method)
     prompt = first_predicted(model, ids)
     one_by_one = torch.stack(list(stepwise(model, ids, targets, method, prompt)), dim=1)
     assert torch.allclose(at_once[:, prompt:], one_by_one, atol=1e-5)
