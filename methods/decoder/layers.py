@@ -137,6 +137,8 @@ class Attention(nn.Module):
         return torch.unflatten(rows, -1, (-1, self.head_dim)).transpose(1, 2)
 
     def _part(self, x: Tensor, rows: slice) -> Tensor:
+        if type(self.qkv) is not nn.Linear:  # an adapter in its place: the weight is not all of it
+            return torch.as_tensor(self.qkv(x)[..., rows])
         bias = None if self.qkv.bias is None else self.qkv.bias[rows]
         return F.linear(x, self.qkv.weight[rows], bias)
 

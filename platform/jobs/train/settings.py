@@ -58,6 +58,7 @@ class Optimization(Settings):
     checkpoint_every: int | None = Field(default=None, ge=1)
     log_every: int = Field(default=10, ge=1)
     parallel: Literal["ddp", "fsdp"] = "ddp"
+    gradient_checkpointing: bool = False
 
 
 class TrainSettings(Optimization):
@@ -103,8 +104,9 @@ class Train(Kind):
             named = ", ".join(name for choice in before.values() for name in choice)
             yield "method", f"the checkpoint was trained with {named}: write that method"
         length = settings.sequence_length or around.data["sequence_length"]
-        converted = "checkpoint" in model and not before
-        yield from optimization_problems(method, config_of(model), length, converted=converted)
+        config = config_of(model)
+        parent = config if "checkpoint" in model and not before else None
+        yield from optimization_problems(method, config, length, parent)
 
     def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
         return (
@@ -155,10 +157,13 @@ def _precision(written: str, around: Surroundings) -> str:
 
 
 def optimization_problems(
-    method: Method, config: DecoderConfig, length: int, *, converted: bool
+    method: Method, config: DecoderConfig, length: int, parent: DecoderConfig | None
 ) -> Iterable[tuple[str, str]]:
-    """Yield what does not fit between the method, the model's sizes and the sequence length."""
-    for name, message in compatible(method, config, converted=converted):
+    """Yield what does not fit between the method, the model's sizes and the sequence length.
+
+    `parent`: where the model is converted, the sizes of the parent's own decoder.
+    """
+    for name, message in compatible(method, config, parent=parent):
         yield f"method.{name}", message
     span = method.span()
     if length % span or length < 2 * span:

@@ -79,6 +79,7 @@ class Training:
             )
         self.rows, self.spec, self.context, self.gang = rows, spec, context, gang
         self.model, self.teacher = objective.model, objective.teacher
+        self.model.checkpoint_gradients(spec.get("gradient_checkpointing", False))
         dtypes = {p.dtype for p in self.model.parameters()}
         assert dtypes == {torch.float32}, f"weights are trained in float32, found {dtypes}"
         self.per_step = spec["batch_size"] * spec["accumulate"] * spec["sequence_length"]
