@@ -83,8 +83,8 @@ class Value:
         check: (params, config) -> problems that no field's range can say; config may be None. It is
             that of the decoder the axis acts on: see `inner` and `shape`.
         uptrained: params -> params as a model converted from a checkpoint has them.
-        convertible: (uptrained params, parent's config) -> what keeps a decoder of these sizes from
-            being converted.
+        convertible: (uptrained params, config, parent) -> what keeps a parent's weights from
+            becoming those of `config`, which is as in `check`; parent: of the decoder that has them.
         span: granularity only: params -> tokens that one position stands for; None: one.
         inner: granularity only: (params, config) -> the decoder that the other axes act on; None:
             the one of config itself.
@@ -104,7 +104,7 @@ class Value:
     default: bool = False
     check: Callable[[Any, DecoderConfig | None], Iterable[str]] | None = None
     uptrained: Callable[[Any], Any] | None = None
-    convertible: Callable[[Any, DecoderConfig], Iterable[str]] | None = None
+    convertible: Callable[[Any, DecoderConfig, DecoderConfig], Iterable[str]] | None = None
     span: Callable[[Any], int] | None = None
     inner: Callable[[Any, DecoderConfig], DecoderConfig] | None = None
     shape: Callable[[Any, DecoderConfig], DecoderConfig] | None = None

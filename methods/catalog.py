@@ -8,8 +8,10 @@ from kvlab.methods.decoder import token
 from kvlab.methods.eviction.full import params as full
 from kvlab.methods.eviction.sliding_window import params as sliding_window
 from kvlab.methods.prefill import params as prefill
+from kvlab.methods.sharing import values as sharing
 
 ENTRIES: tuple[Value | Preset, ...] = (
+    *sharing.ENTRIES,
     token.ENTRY,
     block_transformer.ENTRY,
     full.ENTRY,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kvlab import KvlabError
 from kvlab.methods.axis import Method
@@ -16,9 +16,9 @@ from kvlab.methods.block_transformer.model import BlockTransformer
 from kvlab.methods.block_transformer.params import convertible
 from kvlab.methods.block_transformer.sizes import origins
 from kvlab.methods.decoder.language_model import TokenModel
-from kvlab.methods.decoder.layers import Layer
 from kvlab.methods.decoder.model import Decoder
 from kvlab.methods.model import LanguageModel
+from kvlab.methods.sharing.convert import Merge, merge_of, start_layers
 
 
 def convert(parent: LanguageModel, method: Method) -> BlockTransformer:
@@ -39,18 +39,18 @@ def convert(parent: LanguageModel, method: Method) -> BlockTransformer:
         raise KvlabError(f"a {type(parent).__name__} cannot be converted to a Block Transformer")
     model = BlockTransformer(parent.config, method.uptrained())
     params, source = model.params, parent.decoder
-    for problem in convertible(params, parent.config):
+    for problem in convertible(params, parent.config, source.config):
         raise KvlabError(problem)
     for_blocks, for_tokens = origins(parent.config.layers, params)
     with torch.no_grad():
         taken = [
-            *_take_layers(model.block_decoder, source, for_blocks),
+            *_take_layers(model.block_decoder, source, for_blocks, merge_of(method)),
             *_take_layers(model.token_decoder.decoder, source, for_tokens),
             *_take_tables(model.token_decoder.decoder, source),
             *_start_embedder(model, source),
         ]
         _start_expansion(model)
-    known = {id(parameter) for module in taken for parameter in module.parameters()}
+    known = {id(parameter) for parameter in taken}
     model.fresh = frozenset(n for n, p in model.named_parameters() if id(p) not in known)
     return model
 
@@ -68,28 +68,31 @@ def _continue(parent: BlockTransformer, method: Method) -> BlockTransformer:
     return model
 
 
-def _take_layers(decoder: Decoder, source: Decoder, origin: Sequence[int]) -> Iterator[nn.Module]:
-    """Take over layers; yield them."""
-    taken = cast(Sequence[Layer], source.layers)
-    for layer, index in zip(decoder.layers, origin, strict=True):
-        layer.load_state_dict(taken[index].state_dict())
-        yield layer
+def _take_layers(
+    decoder: Decoder, source: Decoder, origin: Sequence[int], merge: Merge = "mean"
+) -> Iterator[Tensor]:
+    """Start layers as the source's; yield the parameters that hold its own values."""
+    started = start_layers(decoder.config, source, origin, merge)
+    decoder.layers.load_state_dict(started.tensors)
+    for name, parameter in decoder.layers.named_parameters():
+        if name not in started.merged:
+            yield parameter
 
 
-def _take_tables(decoder: Decoder, source: Decoder) -> Iterator[nn.Module]:
+def _take_tables(decoder: Decoder, source: Decoder) -> Iterator[Tensor]:
     """Take over embeddings, final norm and head, tied tables tied; yield what was taken."""
     decoder.norm.load_state_dict(source.norm.state_dict())
-    yield decoder.norm
+    yield from decoder.norm.parameters()
     for mine, theirs in ((decoder.embedding, source.embedding), (decoder.output, source.output)):
         if mine is not None and theirs is not None:
             mine.weight.copy_(theirs.weight)
-            yield mine
+            yield mine.weight
     if isinstance(decoder, CrossAttendingDecoder):
         for cross in cast(Iterable[CrossAttention], decoder.cross):
             nn.init.zeros_(cross.out.weight)
 
 
-def _start_embedder(model: BlockTransformer, source: Decoder) -> Iterator[nn.Module]:
+def _start_embedder(model: BlockTransformer, source: Decoder) -> Iterator[Tensor]:
     """Start the embedder as a mean of the parent's embeddings; yield the table taken over."""
     if model.params.uptrain_embedder == "random":
         return
@@ -100,7 +103,7 @@ def _start_embedder(model: BlockTransformer, source: Decoder) -> Iterator[nn.Mod
     length = model.params.block_length
     embedder.projection.weight.copy_(torch.eye(width).repeat(1, length) / length)
     nn.init.zeros_(embedder.projection.bias)
-    yield embedder.table
+    yield embedder.table.weight
 
 
 def _start_expansion(model: BlockTransformer) -> None:

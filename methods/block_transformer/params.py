@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from kvlab.methods.axis import MethodError, Range, Value
 from kvlab.methods.decoder.config import ConfigError, DecoderConfig
+from kvlab.methods.sharing.values import unpoolable
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +79,16 @@ def check(params: BlockTransformerParams, config: DecoderConfig | None) -> Itera
         yield str(error)
 
 
-def convertible(params: BlockTransformerParams, config: DecoderConfig) -> Iterator[str]:
-    """Yield what keeps a decoder of `config` from being converted to these (uptrained) params."""
+def convertible(
+    params: BlockTransformerParams, config: DecoderConfig, parent: DecoderConfig
+) -> Iterator[str]:
+    """Yield what keeps a decoder from being converted to these (uptrained) params.
+
+    Args:
+        params: of the model it would become.
+        config: sizes of the whole.
+        parent: those of the decoder with its keys and values as they are.
+    """
     from kvlab.methods.block_transformer.sizes import origins, sizes
 
     if params.token_width not in (None, config.width):
@@ -93,6 +102,7 @@ def convertible(params: BlockTransformerParams, config: DecoderConfig) -> Iterat
     except (MethodError, ConfigError) as error:
         yield str(error)
         return
+    yield from unpoolable(found.token, parent)
     projects = found.embedder == "projection" and found.embedding_width == config.width
     if params.uptrain_embedder == "mean" and not projects:
         yield (

@@ -12,7 +12,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic_core import core_schema
 
 from kvlab import KvlabError
-from kvlab.methods.axis import AXES, REGISTRY, TRAIN_TIME, Method, Preset, Range, Value, resolve
+from kvlab.methods.axis import (
+    AXES,
+    REGISTRY,
+    TRAIN_TIME,
+    AxisName,
+    Method,
+    Preset,
+    Range,
+    Value,
+    resolve,
+)
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.platform.jobs.field import Path, nested, suggest, wrong
 
@@ -209,24 +219,41 @@ def json_schema(when: When) -> dict[str, Any]:
 
 
 def compatible(
-    method: Method, config: DecoderConfig, *, converted: bool = False
+    method: Method,
+    config: DecoderConfig,
+    *,
+    trained: Method | None = None,
+    parent: DecoderConfig | None = None,
 ) -> Iterator[tuple[str, str]]:
     """Yield (value name, problem) for what a method's values say against a decoder's sizes.
 
     Args:
-        method: as the model will have it.
-        config: the decoder's sizes; of the parent where the model is `converted` from one.
+        method: as the model will have it; or run-time axes (`apply:`).
+        config: the model's sizes; of its parent where it is converted from one.
+        trained: what a model was trained with that `method` is applied to; None: `method` itself.
+        parent: where the model is converted, the sizes of the parent's own decoder.
     """
     for axis in AXES:
         choice = method.choices.get(axis)
         if choice is None:
             continue
         value, params = choice.value, choice.params
-        problems = list(value.check(params, config)) if value.check is not None else []
-        if converted and value.convertible is not None:
-            problems += value.convertible(params, config)
+        try:
+            sizes = _acted_on(axis, trained or method, config)
+        except KvlabError:
+            continue  # granularity or sharing itself is told so
+        problems = list(value.check(params, sizes)) if value.check is not None else []
+        if parent is not None and value.convertible is not None:
+            problems += value.convertible(params, sizes, parent)
         for message in dict.fromkeys(problems):
             yield value.name, message
+
+
+def _acted_on(axis: AxisName, method: Method, config: DecoderConfig) -> DecoderConfig:
+    """The sizes of the decoder that an axis of a method acts on."""
+    if axis == "granularity":
+        return config
+    return method.inner(config) if axis == "sharing" else method.acting(config)
 
 
 class _Memo:

@@ -65,8 +65,8 @@ class Benchmark(Kind):
 
     def check(self, settings: Settings, around: Surroundings) -> Iterable[tuple[str, str]]:
         assert isinstance(settings, BenchmarkSettings)
-        config, _ = lineage(around.parents["of"])
-        for name, message in compatible(settings.apply, config):
+        config, trained = lineage(around.parents["of"])
+        for name, message in compatible(settings.apply, config, trained=method_of(trained)):
             yield f"apply.{name}", message
         if settings.prompt + settings.generate > config.max_positions:
             yield (

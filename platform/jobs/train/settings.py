@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from kvlab.methods.axis import Method
 from kvlab.methods.decoder.config import DecoderConfig
-from kvlab.platform.jobs.checkpoint import trained_method
+from kvlab.platform.jobs.checkpoint import trained_method, written
 from kvlab.platform.jobs.field import nested
 from kvlab.platform.jobs.kind import Kind, Parent, Prediction, Settings, Surroundings
 from kvlab.platform.jobs.method import MethodField, axis_sources, canonical, compatible, uptrained
@@ -102,7 +102,10 @@ class Train(Kind):
         before = trained_method(Path(model["checkpoint"])) if "checkpoint" in model else {}
         if before and before != canonical(method):
             named = ", ".join(name for choice in before.values() for name in choice)
-            yield "method", f"the checkpoint was trained with {named}: write that method"
+            yield (
+                "method",
+                f"the checkpoint was trained with {named}: write that method, {written(before)}",
+            )
         length = settings.sequence_length or around.data["sequence_length"]
         config = config_of(model)
         parent = config if "checkpoint" in model and not before else None

@@ -73,10 +73,9 @@ class Uptrain(Kind):
         config, before = lineage(around.parents["from"])
         wanted = canonical(uptrained(settings.method))
         length = settings.sequence_length or around.data["sequence_length"]
-        yield from optimization_problems(
-            uptrained(settings.method), config, length, converted=before != wanted
-        )
-        if before and before != wanted:
+        parent = method_of(before).acting(config) if before != wanted else None
+        yield from optimization_problems(uptrained(settings.method), config, length, parent)
+        if "granularity" in before and before != wanted:
             yield (
                 "from",
                 f"'{around.parents['from'].name}' is already converted "

@@ -156,9 +156,33 @@ def test_our_own_folder_keeps_its_method(text: str, folder: Path) -> None:
     (folder / "model.json").write_text(json.dumps({"config": config, "method": method}))
     with pytest.raises(WorkflowError) as error:
         check(text)
-    assert "the checkpoint was trained with block_transformer: write that method" in str(
-        error.value
+    assert (
+        "the checkpoint was trained with block_transformer: write that method, "
+        '{"block_transformer": {"block_length": 2}}'
+    ) in str(error.value)
+
+
+def test_a_folder_with_shared_keys_keeps_its_method(text: str, folder: Path) -> None:
+    """The error says what to write; an uptrain job may go on with another granularity."""
+    lckv = {"architectures": ["LCKVLlamaForCausalLM"], "layer_types": "1s_1", "sliding_window": 16}
+    (folder / "config.json").write_text(json.dumps({**LLAMA, **lckv, "forward_passes": 5}))
+    given = text.partition("  block:")[0]
+    with pytest.raises(WorkflowError) as error:
+        check(given)
+    (problem,) = error.value.problems
+    said, _, method = problem.message.partition(", ")
+    assert said == "the checkpoint was trained with cross_layer: write that method"
+    (cell,) = (
+        c for c in load_graph(given.replace("full_attention", method)).cells if c.job != "data"
     )
+    assert cell.spec["method"]["sharing"]["cross_layer"]["layers"] == "1s_1"
+    for layer_types, reason in (("0_2", "layer 1 reads '2'"), ("0_1_2", "has 3 entries")):
+        wrong = {**LLAMA, **lckv, "layer_types": layer_types}
+        (folder / "config.json").write_text(json.dumps(wrong))
+        read_config.cache_clear()
+        with pytest.raises(WorkflowError, match=reason) as error:
+            check(given)
+        assert len(error.value.problems) == 1
 
 
 def test_fresh_weights_need_tokens(text: str, folder: Path) -> None:
