@@ -140,3 +140,62 @@ def test_what_a_token_reads_is_less_than_a_decoder_reads() -> None:
     assert at_least < cost.kv_bytes_read_per_token(2176, 2) < at_most
     assert cost.kv_bytes(2176, 2) / 2**20 == pytest.approx(51 + 0.5, rel=0.01)
     assert cost.first_target() == 4
+
+
+SHARED = {
+    "own": {},
+    "bottom": {"cross_layer": {"layout": "pizza_bottom", "kv_layers": 2}},
+    "top": {"cross_layer": {"layout": "sandwich_top", "kv_layers": 3}},
+    "gqa": {"gqa": {"kv_heads": 1}},
+}
+
+
+def shared(name: str, prefill: dict[str, object] | None = None) -> Method:
+    split = {"block_length": 4, "block_layers": 5, "token_layers": 1}
+    return resolve(
+        {"block_transformer": split, **SHARED[name], **({"prefill": prefill} if prefill else {})}
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", SHARED)
+def test_parameters_of_a_shared_block_decoder(family: str, name: str) -> None:
+    """Only the block decoder shares; its sizes are not cut into blocks a second time."""
+    config = FAMILIES[family].with_(layers=6)
+    model, cost = build(config, shared(name)), cost_of(config, shared(name))
+    assert cost.body_parameters() == model.body_parameters()
+    assert cost.total_parameters() == sum(p.numel() for p in model.parameters())
+
+
+def test_bytes_of_a_shared_block_decoder_by_hand() -> None:
+    config = FAMILIES["llama"].with_(layers=6)
+    own, bottom = (cost_of(config, shared(name)) for name in ("own", "bottom"))
+    row = 2 * 2 * 32 * 2
+    assert own.kv_bytes(64, 2) == 5 * 16 * row + 5 * row
+    assert bottom.kv_bytes(64, 2) == 2 * 16 * row + 5 * row
+    assert bottom.kv_bytes_read_per_token(64, 2) == own.kv_bytes_read_per_token(64, 2)
+
+
+@pytest.mark.parametrize("prefill", [None, {"early_exit": False}, {"passes": 3}], ids=str)
+@pytest.mark.parametrize("name", SHARED)
+def test_flops_of_a_shared_block_decoder_against_torch(
+    name: str, prefill: dict[str, object] | None
+) -> None:
+    config, method = FAMILIES["llama"].with_(layers=6), shared(name, prefill)
+    model, cost = build(config, shared(name)), cost_of(config, method)
+    ids = torch.randint(64, (1, 64))
+    with FlopCounterMode(display=False) as prefilling:
+        session = model.start(ids, new_tokens=8, apply=method)
+    assert cost.prefill_flops(64) == pytest.approx(prefilling.get_total_flops(), rel=0.05)
+    with FlopCounterMode(display=False) as decoding:
+        for _ in range(8):
+            session.step(ids[:, 0])
+    assert 8 * cost.decode_flops(70) == pytest.approx(decoding.get_total_flops(), rel=0.05)
+    with FlopCounterMode(display=False) as scoring, torch.no_grad():
+        model(ids, apply=method)
+    assert 64 * cost.score_flops_per_token(64) == pytest.approx(scoring.get_total_flops(), rel=0.05)
+    with FlopCounterMode(display=False) as training:
+        model(ids).nll.sum().backward()
+    assert 64 * cost.train_flops_per_token(64) == pytest.approx(
+        training.get_total_flops(), rel=0.05
+    )

@@ -168,6 +168,19 @@ def test_predictions_are_those_of_the_method(url: str) -> None:
     assert speed.flops > 0
 
 
+def test_plan_shows_what_sharing_saves_and_costs(url: str) -> None:
+    bottom = "{cross_layer: {layout: pizza_bottom, kv_layers: 2}}"
+    upward = "{cross_layer: {layout: sandwich_top, kv_layers: 2}}"
+    text = TEXT
+    for name, method in (("bottom", bottom), ("upward", upward)):
+        text += f"  {name}: {{train: {{method: {method}, tokens: 10k}}}}\n"
+    cells = planned(text, url)
+    base, low, up = (cells[f"{n}[seed=0]"].prediction for n in ("base", "bottom", "upward"))
+    assert low.kv_bytes_per_token == up.kv_bytes_per_token == base.kv_bytes_per_token / 2  # type: ignore[operator]
+    assert low.body_parameters == up.body_parameters == base.body_parameters - 4 * 128 * 128  # type: ignore[operator]
+    assert low.flops < base.flops < up.flops / 2  # type: ignore[operator]
+
+
 def test_json_holds_every_cell(url: str) -> None:
     graph = load_graph(TEXT)
     said = json.loads(json.dumps(render.as_json(plan.make(graph, plan.Known()))))
