@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvlab import KvlabError
+from kvlab.methods.axis import from_dict
 from kvlab.methods.decoder.config import DecoderConfig
+
+if TYPE_CHECKING:
+    from kvlab.methods.decoder.huggingface.description import Description
 
 OURS = "model.json"
 THEIRS = "config.json"
@@ -37,22 +42,37 @@ def read_config(folder: Path) -> DecoderConfig:
             raise CheckpointError(f"checkpoint: {folder / OURS} has no 'config'")
         return _config(folder / OURS, raw)
     if (folder / THEIRS).is_file():
-        return _foreign(folder)
+        return _foreign(folder).config
     raise CheckpointError(f"checkpoint: '{folder}' holds neither {OURS} nor {THEIRS}")
 
 
 def trained_method(folder: Path) -> dict[str, Any]:
     """Return the canonical train-time method of a checkpoint; {} is full attention."""
     if not (folder / OURS).is_file():
-        return {}
+        return _foreign(folder).method.to_dict()
     return dict(_json(folder / OURS).get("method") or {})
 
 
-def _foreign(folder: Path) -> DecoderConfig:
-    from kvlab.methods.decoder.huggingface.description import read_config as read_theirs
+def written(canonical: Mapping[str, Any]) -> str:
+    """Return what a workflow says for a canonical method: YAML on one line, without defaults."""
+    return json.dumps(
+        {
+            choice.value.name: {
+                column.name: getattr(choice.params, column.name)
+                for column in fields(choice.params)
+                if getattr(choice.params, column.name) != column.default
+            }
+            for choice in from_dict(canonical).choices.values()
+            if not choice.is_default
+        }
+    )
+
+
+def _foreign(folder: Path) -> Description:
+    from kvlab.methods.decoder.huggingface.description import read_description
 
     try:
-        return read_theirs(folder)
+        return read_description(folder)
     except KvlabError as error:
         raise CheckpointError(f"checkpoint: {error}") from None
 

@@ -46,11 +46,14 @@ MODEL_SOURCES = (
 Modules of the decoder one by one: what writes checkpoints for others makes no model stale.
 """
 
-CHECKPOINT_SOURCES = tuple(
-    f"kvlab.methods.decoder.huggingface.{name}"
-    for name in (
-        "description", "families", "family", "gpt_neox", "llama", "reader", "settings",
-    )
+CHECKPOINT_SOURCES = (
+    "kvlab.methods.sharing.layer_types",
+    *(
+        f"kvlab.methods.decoder.huggingface.{name}"
+        for name in (
+            "description", "families", "family", "gpt_neox", "lckv", "llama", "reader", "settings",
+        )
+    ),
 )  # fmt: skip
 """Modules that read a checkpoint people have."""
 

@@ -40,10 +40,11 @@ class Family:
 
     Attributes:
         architecture: its class name in config.json. model_type: its other name there.
-        read: settings -> our config; refuses what it does not support.
+        read: settings -> our config, keys and values shared; refuses what it does not support.
         write: our config -> settings; `read` of it shows whether the family can say it all.
         names: every tensor of a decoder of this config.
         ignored: endings of tensors that old checkpoints carry and nothing needs.
+        discarded: tensors that checkpoints of this config may carry and the architecture drops.
     """
 
     architecture: str
@@ -52,6 +53,7 @@ class Family:
     write: Callable[[DecoderConfig], dict[str, Any]]
     names: Callable[[DecoderConfig], Iterator[Names]]
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    discarded: Callable[[DecoderConfig], frozenset[str]] = lambda config: frozenset()
 
 
 def linear(ours: str, *theirs: str, bias: bool, per_head: bool = False) -> Iterator[Names]:

@@ -48,7 +48,8 @@ def _common(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _read_llama(settings: Settings) -> DecoderConfig:
+def read(settings: Settings) -> DecoderConfig:
+    """Read Llama's settings; refuses what is left of them."""
     settings.assume(bos_token_id=1, eos_token_id=2)
     bias = settings.take("attention_bias", bool, False)
     mlp_bias = settings.take("mlp_bias", bool, False)
@@ -127,7 +128,8 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def _write_llama(config: DecoderConfig) -> dict[str, Any]:
+def write(config: DecoderConfig) -> dict[str, Any]:
+    """Return Llama's settings."""
     return _write(config) | {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
 
 
@@ -149,12 +151,14 @@ def _write_qwen3(config: DecoderConfig) -> dict[str, Any]:
     return _write_qwen2(config) | {"attention_bias": config.qkv_bias}
 
 
-def _names(config: DecoderConfig) -> Iterator[Names]:
+def names(config: DecoderConfig) -> Iterator[Names]:
+    """Every tensor; layers whose keys and values no layer reads have queries alone."""
     yield Names("embedding.weight", ("model.embed_tokens.weight",))
     for i in range(config.layers):
         ours, theirs = f"layers.{i}", f"model.layers.{i}"
         attention = f"{theirs}.self_attn"
-        projections = [f"{attention}.{part}_proj" for part in "qkv"]
+        owned = "qkv" if i in config.kv_layers else "q"
+        projections = [f"{attention}.{part}_proj" for part in owned]
         yield Names(f"{ours}.attention_norm.weight", (f"{theirs}.input_layernorm.weight",))
         yield from linear(f"{ours}.attention.qkv", *projections, bias=config.qkv_bias)
         yield from linear(f"{ours}.attention.out", f"{attention}.o_proj", bias=config.out_bias)
@@ -169,10 +173,10 @@ def _names(config: DecoderConfig) -> Iterator[Names]:
         yield Names("output.weight", ("lm_head.weight",))
 
 
-_family = partial(Family, names=_names)
+_family = partial(Family, names=names)
 
 FAMILIES = (
-    _family("LlamaForCausalLM", "llama", _read_llama, _write_llama),
+    _family("LlamaForCausalLM", "llama", read, write),
     _family("Qwen3ForCausalLM", "qwen3", _read_qwen3, _write_qwen3),
     _family("Qwen2ForCausalLM", "qwen2", _read_qwen2, _write_qwen2),
     _family("MistralForCausalLM", "mistral", _read_mistral, _write_mistral),

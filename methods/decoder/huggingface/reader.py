@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvlab.methods.axis import resolve
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.huggingface.description import read_description
 from kvlab.methods.decoder.huggingface.family import Names
@@ -30,15 +29,15 @@ def read_checkpoint(folder: Path) -> TokenModel:
     Raises:
         CheckpointError, WeightsError: naming the file and what is wrong with it.
     """
-    family, config = read_description(folder)
-    theirs = _Tensors(folder, family.ignored)
-    ours = {f"decoder.{n.ours}": theirs.take(n, config) for n in family.names(config)}
+    family, config, method, acting = read_description(folder)
+    theirs = _Tensors(folder, family.ignored, family.discarded(acting))
+    ours = {f"decoder.{n.ours}": theirs.take(n, acting) for n in family.names(acting)}
     if config.tie_embeddings:
         theirs.drop_tied_head(ours["decoder.embedding.weight"])
     theirs.close()
     widest = max((t.dtype for t in ours.values()), key=lambda dtype: dtype.itemsize)
     ours = {name: tensor.to(widest) for name, tensor in ours.items()}
-    model = without_weights(lambda: TokenModel(config, resolve("full_attention")))
+    model = without_weights(lambda: TokenModel(config, method))
     fill(model, ours, folder)
     return model
 
@@ -46,13 +45,15 @@ def read_checkpoint(folder: Path) -> TokenModel:
 class _Tensors:
     """The tensors of a checkpoint, handed out once each."""
 
-    def __init__(self, folder: Path, ignored: tuple[str, ...]) -> None:
+    def __init__(self, folder: Path, ignored: tuple[str, ...], discarded: frozenset[str]) -> None:
         self._files = _files(folder)
         self._where = folder / (INDEX if (folder / INDEX).exists() else WEIGHTS)
         self._left: dict[str, Tensor] = {}
         for file in self._files:
             self._left |= read_tensors(file)
-        self._left = {k: v for k, v in self._left.items() if not k.endswith(ignored)}
+        self._left = {
+            k: v for k, v in self._left.items() if k not in discarded and not k.endswith(ignored)
+        }
 
     def take(self, names: Names, config: DecoderConfig) -> Tensor:
         """Remove theirs and return ours."""

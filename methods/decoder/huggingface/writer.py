@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 from torch import Tensor
 
 from kvlab.methods.decoder.config import DecoderConfig
+from kvlab.methods.decoder.huggingface import lckv
 from kvlab.methods.decoder.huggingface.description import CONFIG
 from kvlab.methods.decoder.huggingface.families import FAMILIES
 from kvlab.methods.decoder.huggingface.family import Family
@@ -26,14 +28,15 @@ def write_checkpoint(model: LanguageModel, folder: Path) -> str:
     """
     if not isinstance(model, TokenModel):
         raise CheckpointError(f"a {type(model).__name__} has no Hugging Face architecture")
-    family = family_of(model.config)
+    acting = lckv.without_own(model.acting)
+    family = family_of(acting)
     tensors = _tensors(model, family)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     config = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "torch_dtype": dtype,
-        **family.write(model.config),
+        **family.write(acting),
     }
     write_tensors(tensors, folder / WEIGHTS, format="pt")
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -44,16 +47,27 @@ def family_of(config: DecoderConfig) -> Family:
     """Return the first family that reads back exactly this config from what it writes of it."""
     for family in FAMILIES:
         try:
-            if family.read(Settings(family.write(config), family.architecture)) == config:
+            if _read_back(config, family) == config:
                 return family
         except CheckpointError:
             continue
+    if config.sharing is not None:
+        back = _read_back(config, lckv.FAMILY)
+        lost = [f.name for f in fields(config) if getattr(back, f.name) != getattr(config, f.name)]
+        raise CheckpointError(
+            f"a model with shared KV layers can only be exported as {lckv.FAMILY.model_type}, "
+            f"which cannot say its {', '.join(lost)}"
+        )
     known = ", ".join(family.architecture for family in FAMILIES)
     raise CheckpointError(f"no Hugging Face architecture has these settings: tried {known}")
 
 
+def _read_back(config: DecoderConfig, family: Family) -> DecoderConfig:
+    return family.read(Settings(family.write(config), family.architecture))
+
+
 def _tensors(model: TokenModel, family: Family) -> dict[str, Tensor]:
-    config, ours = model.config, model.decoder.state_dict()
+    config, ours = model.acting, model.decoder.state_dict()
     theirs: dict[str, Tensor] = {}
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
     for names in family.names(config):

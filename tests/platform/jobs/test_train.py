@@ -9,7 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvlab.db.states import Cause
+from kvlab.methods.axis import resolve
+from kvlab.methods.build import build
+from kvlab.methods.decoder.config import DecoderConfig
+from kvlab.methods.decoder.huggingface.writer import write_checkpoint
 from kvlab.methods.store import load, save
+from kvlab.platform.jobs.checkpoint import trained_method
 from kvlab.platform.jobs.context import Diverged, JobError, Stopped
 from kvlab.platform.jobs.local import LocalContext, run_cell
 from kvlab.platform.jobs.train.run import run
@@ -169,6 +174,32 @@ def test_a_checkpoint_people_have_is_taken_as_it_is_or_trained_on(data, train_sp
     assert same(weights(base), weights(tmp_path / "as"))
     run_cell("train", train_spec(model=model), {"data": data}, tmp_path / "on")
     assert not same(weights(base), weights(tmp_path / "on"))
+
+
+def test_a_folder_with_shared_keys_is_taken_as_it_is_or_trained_on(data, train_spec, tmp_path):
+    method = resolve({"lckv": {"warmup_layers": 0, "forward_passes": 3}})
+    torch.manual_seed(0)
+    model = build(DecoderConfig.from_dict(train_spec()["model"]["config"]), method)
+    for name in ("ours", "theirs"):
+        (tmp_path / name).mkdir()
+    save(model, tmp_path / "ours")
+    write_checkpoint(model, tmp_path / "theirs")
+    checkpoint = {"checkpoint": str(tmp_path / "theirs"), "fingerprint": ""}
+    spec = train_spec(model=checkpoint, method=trained_method(tmp_path / "theirs"))
+    for name, tokens in (("as", 0), ("on", 1536)):
+        run_cell("train", {**spec, "tokens": tokens}, {"data": data}, tmp_path / name)
+    assert same(weights(tmp_path / "ours"), weights(tmp_path / "as"))
+    assert not same(weights(tmp_path / "ours"), weights(tmp_path / "on"))
+    scoring = {
+        "metrics": ["perplexity"], "apply": {}, "sequence_length": 32, "tokens": 200,
+        "batch_size": 4, "first_target": 1, "dtype": "auto", "seed": 0,
+    }  # fmt: skip
+    scores = [
+        run_cell("evaluate", scoring, {"data": data, "of": tmp_path / name}, tmp_path / f"{name}?")
+        for name in ("ours", "as", "on")
+    ]
+    ours, unchanged, trained = (score["loss"] for score in scores)
+    assert ours == unchanged > trained
 
 
 def test_bfloat16_autocast_trains_float32_weights(data, train_spec, tmp_path):

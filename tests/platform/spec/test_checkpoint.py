@@ -163,7 +163,7 @@ def test_our_own_folder_keeps_its_method(text: str, folder: Path) -> None:
 
 
 def test_a_folder_with_shared_keys_keeps_its_method(text: str, folder: Path) -> None:
-    """The error says what to write; an uptrain job may go on with another granularity."""
+    """The error says what to write."""
     lckv = {"architectures": ["LCKVLlamaForCausalLM"], "layer_types": "1s_1", "sliding_window": 16}
     (folder / "config.json").write_text(json.dumps({**LLAMA, **lckv, "forward_passes": 5}))
     given = text.partition("  block:")[0]
