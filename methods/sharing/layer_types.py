@@ -26,18 +26,16 @@ def read_layer_types(written: str) -> LayerTypes:
     """Read such a text.
 
     Raises:
-        MethodError: an entry that is no layer, or that names one which the text has no entry for.
+        MethodError: an entry that is no layer's number.
     """
-    entries = written.split("_")
     kv_of: list[int] = []
     windowed: list[bool] = []
-    for layer, entry in enumerate(entries):
+    for layer, entry in enumerate(written.split("_")):
         found = _ENTRY.fullmatch(entry)
-        if found is None or int(found[1]) >= len(entries):
+        if found is None:
             raise MethodError(
-                f"layers: layer {layer} reads '{entry[:20]}': must be a layer from 0 to "
-                f"{len(entries) - 1} (as many as there are entries), with an 's' behind it for a "
-                "sliding window"
+                f"layers: entry {layer} is '{entry[:20]}': must be the number of a layer, from 0, "
+                "with an 's' behind it for a sliding window; entries are joined by '_'"
             )
         kv_of.append(int(found[1]))
         windowed.append(bool(found[2]))

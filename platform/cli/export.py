@@ -58,7 +58,10 @@ def _published(job: str, workflow: str | None) -> Path:
     from kvlab.platform.home import Home
 
     home = Home.find()
-    number = find(home, workflow)
+    try:
+        number = find(home, workflow)
+    except KvlabError as error:
+        raise KvlabError(f"'{job}' is no folder, and {error}") from error
     with Store.open(home.url, read_only=True) as store:
         jobs = store.load(number).jobs
     chosen = [one for one in jobs if one.name == job] or [one for one in jobs if one.job == job]

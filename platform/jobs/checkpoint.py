@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvlab import KvlabError
-from kvlab.methods.axis import from_dict
+from kvlab.methods.axis import MethodError, from_dict
 from kvlab.methods.decoder.config import DecoderConfig
 
 if TYPE_CHECKING:
@@ -47,10 +47,17 @@ def read_config(folder: Path) -> DecoderConfig:
 
 
 def trained_method(folder: Path) -> dict[str, Any]:
-    """Return the canonical train-time method of a checkpoint; {} is full attention."""
+    """Return the canonical train-time method of a checkpoint; {} is full attention.
+
+    Raises:
+        CheckpointError: the folder cannot be read, or its method is none.
+    """
     if not (folder / OURS).is_file():
         return _foreign(folder).method.to_dict()
-    return dict(_json(folder / OURS).get("method") or {})
+    try:
+        return from_dict(_json(folder / OURS).get("method") or {}).to_dict()
+    except (MethodError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint: {folder / OURS}: 'method': {error}") from None
 
 
 def written(canonical: Mapping[str, Any]) -> str:

@@ -32,6 +32,8 @@ def _read(settings: Settings) -> DecoderConfig:
     sequential = settings.take("use_sequential", bool, False)
     strict = settings.take("force_nodiag", bool, False)
     plain = llama.read(settings)
+    if written is None and not strict:
+        return plain
     if written is None:
         written = write_layer_types(range(plain.layers))
     kv_of, windowed = _map(written, plain.layers, settings.where)

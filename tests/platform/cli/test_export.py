@@ -100,14 +100,25 @@ def test_a_job_is_exported_with_its_tokenizer(
     assert [path.name for path in (home / "new").iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize(
+    ("method", "architecture"),
+    [
+        ("full_attention", "LlamaForCausalLM"),
+        ({"cross_layer": {"layers": "0_0"}}, "LCKVLlamaForCausalLM"),
+    ],
+)
 def test_a_folder_is_exported_into_an_empty_one(
-    published: Callable[..., Path], tmp_path: Path, export: Callable[..., tuple[int, str]]
+    method: object,
+    architecture: str,
+    published: Callable[..., Path],
+    tmp_path: Path,
+    export: Callable[..., tuple[int, str]],
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    assert export(published(), out)[0] == 0
+    assert export(published(method), out) == (0, f"{out}: {architecture}")
     said = json.loads((out / "config.json").read_text())
-    assert said["architectures"] == ["LlamaForCausalLM"]
+    assert said["architectures"] == [architecture]
     assert (out / "tokenizer.json").is_file()
 
 
@@ -127,6 +138,17 @@ def test_jobs_without_a_model(
     assert (code, said.count("\n")) == (2, 0)
     assert said.startswith(error)
     assert not (home / "out").exists()
+
+
+def test_neither_a_folder_nor_a_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, export: Callable[..., tuple[int, str]]
+) -> None:
+    monkeypatch.setenv("KVLAB_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("KVLAB_DATABASE", raising=False)
+    code, said = export("trained", tmp_path / "out")
+    assert code == 2
+    assert said.startswith("'trained' is no folder, and there is no store at ")
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_overwritten_or_left_behind(

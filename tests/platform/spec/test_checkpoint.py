@@ -162,6 +162,15 @@ def test_our_own_folder_keeps_its_method(text: str, folder: Path) -> None:
     ) in str(error.value)
 
 
+@pytest.mark.parametrize("method", [{"granularity": {"nope": {}}}, {"granularity": "x"}, [1], "x"])
+def test_our_own_folder_with_a_method_that_is_none(method: object, text: str, folder: Path) -> None:
+    config = {"vocab_size": 600, "width": 32, "layers": 2, "heads": 4, "kv_heads": 4}
+    config |= {"head_dim": 8, "ffn_width": 64}
+    (folder / "model.json").write_text(json.dumps({"config": config, "method": method}))
+    with pytest.raises(WorkflowError, match=r"model\.json: 'method': "):
+        check(text)
+
+
 def test_a_folder_with_shared_keys_keeps_its_method(text: str, folder: Path) -> None:
     """The error says what to write."""
     lckv = {"architectures": ["LCKVLlamaForCausalLM"], "layer_types": "1s_1", "sliding_window": 16}

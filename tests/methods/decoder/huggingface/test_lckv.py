@@ -266,6 +266,7 @@ def test_what_is_no_llama_cannot_be_exported(
         ({"layer_types": "0_4_4_4_4_-1"}, "layer 5 reads '-1': must be a layer from 0 to 5"),
         ({"layer_types": "0_4_4_4_4_"}, "layer 5 reads '': must be a layer from 0 to 5"),
         ({"layer_types": ""}, "layer 0 reads '': must be a layer from 0 to 0"),
+        ({"layer_types": "0\n_4_4_4_4_5"}, r"layer 0 reads '0\n': must be a layer from 0 to 5"),
         ({"layer_types": "0,4,4,4,4,5"}, "layer 0 reads '0,4,4,4,4,5': must be a layer"),
         ({"layer_types": "0_4w_4_4_4_5"}, "layer 1 reads '4w': must be a layer"),
         ({"layer_types": ["full_attention"] * 6}, "'layer_types' must be str, found ['full_atten"),
