@@ -85,10 +85,12 @@ def cla_map(layers: int, group: int, leading: int = 0) -> tuple[int, ...]:
     Raises:
         MethodError: fewer layers than a group has.
     """
+    if not 0 <= leading < layers:
+        raise MethodError(f"leading: must be below the decoder's {layers} layers, found {leading}")
     if not 1 <= group <= layers - leading:
         raise MethodError(
-            f"group: must be at most the {max(0, layers - leading)} layers there are above "
-            f"{leading} leading ones, found {group}"
+            f"group: must be at most the decoder's {layers - leading} layers from layer {leading} "
+            f"on, found {group}"
         )
     return tuple(i if i < leading else i - (i - leading) % group for i in range(layers))
 

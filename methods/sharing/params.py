@@ -175,6 +175,11 @@ class CrossLayerParams(UpwardParams):
         kv_of, windowed = self._written()
         if len(kv_of) != layers:
             raise MethodError(f"layers: has {len(kv_of)} entries, the decoder has {layers} layers")
+        for layer, kv in enumerate(kv_of):
+            if kv >= layers:
+                raise MethodError(
+                    f"layers: layer {layer} reads layer {kv}: must be from 0 to {layers - 1}"
+                )
         windows = tuple(self.window if flag else None for flag in windowed)
         return Map(self.first_kept(kv_of), windows if any(windowed) else None)
 

@@ -50,8 +50,8 @@ def unpoolable(config: DecoderConfig, parent: DecoderConfig) -> Iterator[str]:
     """Yield what keeps the parent's key/value heads from becoming those of a decoder."""
     if parent.kv_heads % config.kv_heads:
         yield (
-            f"kv_heads: must divide the {parent.kv_heads} key/value heads that the parent was "
-            f"trained with, found {config.kv_heads}"
+            f"the parent has {parent.kv_heads} key/value heads, which cannot be pooled into "
+            f"{config.kv_heads}: choose a sharing whose kv_heads divide them, or another parent"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -41,21 +42,24 @@ def describe(entry: Value | Preset) -> dict[str, Any]:
         values = {name: dict(params) for name, params in entry.values.items()}
         return {**about, "preset": True, "values": values}
     properties = params_model(entry.params).model_json_schema()["properties"]
+    defaults = asdict(entry.params())
     return {
         **about,
         "preset": False,
         "axis": entry.axis,
         "when": "train" if entry.axis in TRAIN_TIME else "run",
         "default": entry.default,
-        "params": {name: _param(schema) for name, schema in properties.items()},
+        "params": {name: _param(schema, defaults[name]) for name, schema in properties.items()},
     }
 
 
-def _param(schema: dict[str, Any]) -> dict[str, Any]:
+def _param(schema: dict[str, Any], default: Any) -> dict[str, Any]:
     """One parameter: default, and type with range or choices."""
     options = schema.get("anyOf", [schema])
+    types = [option["type"] for option in options if option.get("type", "null") != "null"]
     stated = next((option for option in options if option.get("type") != "null"), schema)
-    about: dict[str, Any] = {"default": schema.get("default"), "type": stated.get("type")}
+    kinds = " or ".join(types).replace("array", "list")
+    about: dict[str, Any] = {"default": default, "type": kinds}
     if "minimum" in stated:
         about["range"] = [stated["minimum"], stated["maximum"]]
     if "enum" in stated:

@@ -85,7 +85,9 @@ def _choice(name: str, parameters: Mapping[str, Any], varying: set[str]) -> str:
     shown = {
         key: value
         for key, value in parameters.items()
-        if key in varying or key not in defaults or canonical(defaults[key]) != canonical(value)
+        if key in varying
+        or key not in defaults
+        or (value is not None and canonical(defaults[key]) != canonical(value))
     }
     inside = ", ".join(f"{key}={plain(value)}" for key, value in shown.items())
     return f"{name}({inside})" if inside else name

@@ -221,18 +221,21 @@ def json_schema(when: When) -> dict[str, Any]:
 def compatible(
     method: Method,
     config: DecoderConfig,
+    path: str,
     *,
     trained: Method | None = None,
     parent: DecoderConfig | None = None,
 ) -> Iterator[tuple[str, str]]:
-    """Yield (value name, problem) for what a method's values say against a decoder's sizes.
+    """Yield (path of a value, problem) for what a method's values say against a decoder's sizes.
 
     Args:
         method: as the model will have it; or run-time axes (`apply:`).
         config: the model's sizes; of its parent where it is converted from one.
+        path: where the method is written.
         trained: what a model was trained with that `method` is applied to; None: `method` itself.
         parent: where the model is converted, the sizes of the parent's own decoder.
     """
+    told: set[str] = set()
     for axis in AXES:
         choice = method.choices.get(axis)
         if choice is None:
@@ -245,8 +248,10 @@ def compatible(
         problems = list(value.check(params, sizes)) if value.check is not None else []
         if parent is not None and value.convertible is not None:
             problems += value.convertible(params, sizes, parent)
-        for message in dict.fromkeys(problems):
-            yield value.name, message
+        for message in problems:
+            if message not in told:
+                yield path if choice.is_default else f"{path}.{value.name}", message
+            told.add(message)
 
 
 def _acted_on(axis: AxisName, method: Method, config: DecoderConfig) -> DecoderConfig:

@@ -42,7 +42,10 @@ _MESSAGES = {
     "string_too_long": "must be at most {max_length} characters long",
     "string_too_short": "must not be empty",
     "literal_error": "must be {expected}",
+    "alternatives": "must be {kinds}",
 }
+_KINDS = {"string_type": "text", "tuple_type": "a list"}
+"""What a value that may be of several types must be."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -108,10 +111,9 @@ def from_pydantic(
         model: the model it was validated against, so that unknown keys can be told the known ones.
     """
     items = error.errors(include_url=False, include_input=False)
-    for item in items:
+    for item, path in _placed(items, raw):
         if item["type"] == "too_short" and _inside(item["loc"], items):
             continue  # its entries were dropped for mistakes of their own
-        path = _existing(item["loc"], raw, keep_last=item["type"] == "missing")
         context = item.get("ctx", {})
         if item["type"] == NESTED:
             for below, message in context["problems"]:
@@ -126,6 +128,21 @@ def from_pydantic(
         if item["type"] == "literal_error":
             message += _nearest(lookup(raw, path), context["expected"])
         yield path, _with_found(message, raw, path)
+
+
+def _placed(items: Sequence[Any], raw: Any) -> Iterator[tuple[Mapping[str, Any], Path]]:
+    """Yield mistakes with their paths; those of all alternatives of one value as one mistake."""
+    placed = [(i, _existing(i["loc"], raw, keep_last=i["type"] == "missing")) for i in items]
+    for item, path in placed:
+        if item["type"] in _KINDS and len(path) < len(item["loc"]):
+            if any(len(other) > len(path) and other[: len(path)] == path for _, other in placed):
+                continue  # one alternative got as far as an entry
+            alike = [i for i, other in placed if other == path and i["type"] in _KINDS]
+            if item is not alike[0]:
+                continue
+            kinds = " or ".join(_KINDS[i["type"]] for i in alike)
+            item = {**item, "type": "alternatives", "ctx": {"kinds": kinds}}
+        yield item, path
 
 
 def _inside(location: tuple[str | int, ...], items: Sequence[Any]) -> bool:

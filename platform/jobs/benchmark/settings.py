@@ -66,8 +66,7 @@ class Benchmark(Kind):
     def check(self, settings: Settings, around: Surroundings) -> Iterable[tuple[str, str]]:
         assert isinstance(settings, BenchmarkSettings)
         config, trained = lineage(around.parents["of"])
-        for name, message in compatible(settings.apply, config, trained=method_of(trained)):
-            yield f"apply.{name}", message
+        yield from compatible(settings.apply, config, "apply", trained=method_of(trained))
         if settings.prompt + settings.generate > config.max_positions:
             yield (
                 "generate",

@@ -59,8 +59,7 @@ class Evaluate(Kind):
         config, trained = lineage(around.parents["of"])
         length = settings.sequence_length or around.data["sequence_length"]
         made = method_of(trained)
-        for name, message in compatible(settings.apply, config, trained=made):
-            yield f"apply.{name}", message
+        yield from compatible(settings.apply, config, "apply", trained=made)
         span = made.span()
         if length % span or length < 2 * span:
             yield (

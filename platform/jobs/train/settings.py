@@ -166,8 +166,7 @@ def optimization_problems(
 
     `parent`: where the model is converted, the sizes of the parent's own decoder.
     """
-    for name, message in compatible(method, config, parent=parent):
-        yield f"method.{name}", message
+    yield from compatible(method, config, "method", parent=parent)
     span = method.span()
     if length % span or length < 2 * span:
         yield (

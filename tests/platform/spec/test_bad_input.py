@@ -14,7 +14,11 @@ import yaml
 from kvlab.platform.cli.main import main
 
 KVLAB = [sys.executable, "-c", "from kvlab.platform.cli.main import main; main()"]
-EDITS = yaml.safe_load((Path(__file__).parent / "bad_input.yaml").read_text())
+EDITS = {
+    name: edits
+    for file in ("bad_input.yaml", "bad_sharing.yaml")
+    for name, edits in yaml.safe_load((Path(__file__).parent / file).read_text()).items()
+}
 
 # Whole texts, and the one line that is said about them.
 TEXTS = {
