@@ -21,9 +21,9 @@ from typing import Any
 from kvlab.platform.bench.line import Line
 from kvlab.platform.bench.table import render
 
-BENCHES = ("startup", "dispatch", "metrics", "jobs", "training", "kv_bytes", "decode")
+BENCHES = ("startup", "dispatch", "metrics", "jobs", "training", "kv_bytes", "decode", "sharing")
 """Modules beside this one; each has `run() -> list[Line]`."""
-ON_GPU = ("training", "kv_bytes", "decode")
+ON_GPU = ("training", "kv_bytes", "decode", "sharing")
 """Those whose `run` takes a device and a dtype."""
 
 

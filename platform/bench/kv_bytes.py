@@ -23,6 +23,9 @@ METHODS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ("sliding window 128", {}, {"sliding_window": {"window": 128}}),
     ("blocks of 2", {"block_transformer": {"block_length": 2}}, {}),
     ("blocks of 4", {"block_transformer": {"block_length": 4}}, {}),
+    ("sandwich_top, 3 KV layers", {"lckv": {"warmup_layers": 2}}, {}),
+    ("yoco, window 128", {"yoco": {"window": 128}}, {}),
+    ("2 KV heads of 8", {"gqa": {"kv_heads": 2}}, {}),
 )
 
 
