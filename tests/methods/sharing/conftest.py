@@ -4,14 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvlab.methods.decoder.config import DecoderConfig
+from kvlab.methods.decoder.config import DecoderConfig, Sharing
+from kvlab.methods.decoder.language_model import TokenModel
 from kvlab.methods.decoder.model import Decoder
+
+MAPS = {
+    "pizza-bottom": (0, 1, 2, 2, 2, 2),
+    "pizza-middle": (0, 1, 4, 4, 4, 4),
+    "pizza-top": (0, 1, 5, 5, 5, 5),
+    "sandwich-bottom": (0, 1, 1, 1, 1, 5),
+    "sandwich-middle": (0, 3, 3, 3, 3, 5),
+    "sandwich-top": (0, 4, 4, 4, 4, 5),
+    "lasagna-bottom": (0, 0, 2, 2, 4, 4),
+    "lasagna-middle": (1, 1, 1, 4, 4, 4),
+    "lasagna-top": (1, 1, 3, 3, 5, 5),
+    "crossing": (2, 3, 2, 5, 0, 1),
+    "all-up": (5, 5, 5, 5, 5, 5),
+}
+"""Every layout at six layers, and two that no paper has."""
 
 Rows = dict[int, list[tuple[Tensor, Tensor]]]
 """KV layer -> the keys and values [H_kv, D] of its tokens, by position."""
@@ -122,6 +139,27 @@ def spans(kv_of: tuple[int, ...]) -> Iterator[list[int]]:
     upward = [(layer, kv) for layer, kv in enumerate(kv_of) if kv > layer]
     cuts = [cut for cut in range(len(kv_of) + 1) if not any(a < cut <= b for a, b in upward)]
     return (list(range(a, b)) for a, b in pairwise(cuts))
+
+
+@pytest.fixture(params=MAPS.values(), ids=list(MAPS))
+def kv_of(request: pytest.FixtureRequest) -> tuple[int, ...]:
+    """Each layout in turn: the layer that every one of six layers reads."""
+    kv_of: tuple[int, ...] = request.param
+    return kv_of
+
+
+@pytest.fixture
+def shared(tiny: Callable[..., TokenModel]) -> Callable[..., TokenModel]:
+    """A function from a family, a map, changes of `Sharing` and windows to a tiny model.
+
+    In float64: layer after layer upward, float32 would lose what the tests look at.
+    """
+
+    def build(family: str, kv_of: tuple[int, ...], windows: Any = None, **rest: Any) -> TokenModel:
+        sharing = Sharing(kv_of, **rest)
+        return tiny(family, layers=len(kv_of), sharing=sharing, windows=windows).double()
+
+    return build
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,33 +10,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvlab.kernels.attention import EMPTY
-from kvlab.methods.decoder.config import Sharing
 from kvlab.methods.decoder.language_model import TokenModel, positions_of
 from kvlab.methods.decoder.model import Decoder
 
+KvOf = tuple[int, ...]
 Make = Callable[..., TokenModel]
 Ids = Callable[..., Tensor]
 Logits = Callable[..., Tensor]
 Twin = Callable[..., Any]
 
-MAPS = {
-    "pizza-bottom": (0, 1, 2, 2, 2, 2),
-    "pizza-middle": (0, 1, 4, 4, 4, 4),
-    "pizza-top": (0, 1, 5, 5, 5, 5),
-    "sandwich-bottom": (0, 1, 1, 1, 1, 5),
-    "sandwich-middle": (0, 3, 3, 3, 3, 5),
-    "sandwich-top": (0, 4, 4, 4, 4, 5),
-    "lasagna-bottom": (0, 0, 2, 2, 4, 4),
-    "lasagna-middle": (1, 1, 1, 4, 4, 4),
-    "lasagna-top": (1, 1, 3, 3, 5, 5),
-    "crossing": (2, 3, 2, 5, 0, 1),
-    "all-up": (5, 5, 5, 5, 5, 5),
-}
-"""Every layout at six layers, and two that no paper has."""
-CYCLIC = [name for name, kv_of in MAPS.items() if any(kv > i for i, kv in enumerate(kv_of))]
+UPWARD = [(0, 1, 4, 4, 4, 4), (0, 4, 4, 4, 4, 5), (1, 1, 1, 4, 4, 4), (2, 3, 2, 5, 0, 1), (5,) * 6]
+ONE_PASS = [(0, 1, 2, 2, 2, 2), (0, 1, 1, 1, 1, 5), (0, 0, 2, 2, 4, 4)]
 FAMILIES = ["llama", "qwen3", "neox"]
 TEXT = torch.tensor([[11, 3, 41, 3, 0, 27, 52]])
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -50,12 +38,6 @@ def maps(draw: st.DrawFn) -> tuple[int, ...]:
     """Any map at all of two to five layers."""
     layers = draw(st.integers(2, 5))
     return tuple(draw(st.integers(0, layers - 1)) for _ in range(layers))
-
-
-def shared(make: Make, family: str, kv_of: tuple[int, ...], **rest: Any) -> TokenModel:
-    """A model in float64: layer after layer upward, float32 would lose what the tests look at."""
-    windows = {"windows": rest.pop("windows")} if "windows" in rest else {}
-    return make(family, layers=len(kv_of), sharing=Sharing(kv_of, **rest), **windows).double()
 
 
 def gradients(model: TokenModel, ids: Tensor) -> dict[str, Tensor]:
@@ -83,7 +65,7 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @quick
 @given(kv_of=maps(), forward=st.integers(0, 3), backward=st.integers(1, 3))
 def test_passes_are_those_of_plain_loops(
-    tiny: Make,
+    shared: Make,
     ids: Ids,
     logits: Logits,
     slow: Twin,
@@ -95,7 +77,7 @@ def test_passes_are_those_of_plain_loops(
 ) -> None:
     """Logits and gradients of m + b passes, for any map."""
     model = shared(
-        tiny, family_name, kv_of, strict=strict, forward_passes=forward, backward_passes=backward
+        family_name, kv_of, strict=strict, forward_passes=forward, backward_passes=backward
     )
     twin, text = slow(model.decoder), TEXT
     expected, _ = twin.passes(text[0], forward, backward)
@@ -114,7 +96,7 @@ def test_passes_are_those_of_plain_loops(
 @quick
 @given(kv_of=maps(), strict=st.booleans())
 def test_sequential_is_token_by_token(
-    tiny: Make,
+    shared: Make,
     ids: Ids,
     slow: Twin,
     family_name: str,
@@ -122,7 +104,7 @@ def test_sequential_is_token_by_token(
     strict: bool,
 ) -> None:
     """The sequential mode scores and trains as plain loops do, one token after another."""
-    model, text = shared(tiny, family_name, kv_of, strict=strict, sequential=True), TEXT
+    model, text = shared(family_name, kv_of, strict=strict, sequential=True), TEXT
     twin = slow(model.decoder)
     expected = twin.exact(text[0])
     with torch.no_grad():
@@ -136,15 +118,14 @@ def test_sequential_is_token_by_token(
     same(gradients(model, text), golden)
 
 
-@pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("family_name", FAMILIES)
 def test_as_many_passes_as_tokens_are_sequential(
-    tiny: Make, ids: Ids, name: str, family_name: str
+    shared: Make, ids: Ids, kv_of: KvOf, family_name: str
 ) -> None:
     """With gradient in all of them (m = 0, b = T) training is the same too."""
     text = ids(2, 9)
     one_by_one, parallel = (
-        shared(tiny, family_name, MAPS[name], **how)
+        shared(family_name, kv_of, **how)
         for how in ({"sequential": True}, {"forward_passes": 0, "backward_passes": 9})
     )
     with torch.no_grad():
@@ -154,13 +135,13 @@ def test_as_many_passes_as_tokens_are_sequential(
     same(gradients(parallel, text), gradients(one_by_one, text))
 
 
-@pytest.mark.parametrize("name", CYCLIC)
+@pytest.mark.parametrize("kv_of", UPWARD, ids=str)
 @pytest.mark.parametrize("passes", [1, 2, 4])
 def test_after_n_passes_the_first_n_positions_are_exact(
-    tiny: Make, ids: Ids, logits: Logits, slow: Twin, name: str, passes: int
+    shared: Make, ids: Ids, logits: Logits, slow: Twin, kv_of: KvOf, passes: int
 ) -> None:
     """And no more than they: position n still lacks a pass."""
-    model = shared(tiny, "llama", MAPS[name], forward_passes=passes - 1, backward_passes=1)
+    model = shared("llama", kv_of, forward_passes=passes - 1, backward_passes=1)
     text = ids(1, 9)
     with torch.no_grad():
         exact = slow(model.decoder).exact(text[0])
@@ -169,14 +150,14 @@ def test_after_n_passes_the_first_n_positions_are_exact(
     assert (found[passes] - exact[passes]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", [name for name in MAPS if name not in CYCLIC])
+@pytest.mark.parametrize("kv_of", ONE_PASS, ids=str)
 @pytest.mark.parametrize("family_name", FAMILIES)
 def test_one_pass_maps_ignore_the_number_of_passes(
-    tiny: Make, ids: Ids, name: str, family_name: str
+    shared: Make, ids: Ids, kv_of: KvOf, family_name: str
 ) -> None:
     text = ids(2, 9)
     once, often, one_by_one = (
-        shared(tiny, family_name, MAPS[name], **how)
+        shared(family_name, kv_of, **how)
         for how in (
             {"forward_passes": 0, "backward_passes": 1},
             {"forward_passes": 7, "backward_passes": 2},
@@ -190,14 +171,11 @@ def test_one_pass_maps_ignore_the_number_of_passes(
 
 
 @pytest.mark.parametrize("sequential", [False, True], ids=["passes", "sequential"])
-@pytest.mark.parametrize("name", MAPS)
 def test_later_tokens_and_other_samples_are_not_seen(
-    tiny: Make, ids: Ids, name: str, sequential: bool
+    shared: Make, ids: Ids, kv_of: KvOf, sequential: bool
 ) -> None:
     """Change a token: no logit before it moves, and none of the other sample, padded or not."""
-    model = shared(
-        tiny, "llama", MAPS[name], sequential=sequential, forward_passes=2, backward_passes=1
-    )
+    model = shared("llama", kv_of, sequential=sequential, forward_passes=2, backward_passes=1)
     text = ids(2, 8)
     padded = torch.ones(2, 8, dtype=torch.bool)
     padded[0, :3] = False
@@ -215,11 +193,11 @@ def test_later_tokens_and_other_samples_are_not_seen(
                 assert not torch.allclose(a[0, place + 1], b[0, place + 1], atol=1e-3)
 
 
-@pytest.mark.parametrize("name", CYCLIC)
-def test_the_first_token_reads_nothing_upward(tiny: Make, ids: Ids, name: str) -> None:
+@pytest.mark.parametrize("kv_of", UPWARD, ids=str)
+def test_the_first_token_reads_nothing_upward(shared: Make, ids: Ids, kv_of: KvOf) -> None:
     """Attention adds exactly zero there, in every pass, and something everywhere else at last."""
-    model = shared(tiny, "llama", MAPS[name], forward_passes=2, backward_passes=1)
-    upward = [i for i, kv in enumerate(MAPS[name]) if kv > i]
+    model = shared("llama", kv_of, forward_passes=2, backward_passes=1)
+    upward = [i for i, kv in enumerate(kv_of) if kv > i]
     added: dict[int, list[Tensor]] = {i: [] for i in upward}
     for i in upward:
         model.decoder.layers[i].attention.out.register_forward_hook(
@@ -235,14 +213,11 @@ def test_the_first_token_reads_nothing_upward(tiny: Make, ids: Ids, name: str) -
 
 @pytest.mark.parametrize("sequential", [False, True], ids=["passes", "sequential"])
 @pytest.mark.parametrize("family_name", FAMILIES)
-@pytest.mark.parametrize("name", MAPS)
 def test_padding_changes_nothing(
-    tiny: Make, ids: Ids, logits: Logits, name: str, family_name: str, sequential: bool
+    shared: Make, ids: Ids, logits: Logits, kv_of: KvOf, family_name: str, sequential: bool
 ) -> None:
     """Every sample scores as it does alone: left-padded, right-padded, whole."""
-    model = shared(
-        tiny, family_name, MAPS[name], sequential=sequential, forward_passes=1, backward_passes=1
-    )
+    model = shared(family_name, kv_of, sequential=sequential, forward_passes=1, backward_passes=1)
     text, valid = ids(3, 9), torch.ones(3, 9, dtype=torch.bool)
     valid[0, :4] = False
     valid[1, 6:] = False
@@ -254,13 +229,13 @@ def test_padding_changes_nothing(
     assert scored.sum() == 4 + 5 + 8
 
 
-@pytest.mark.parametrize("name", ["pizza-bottom", "sandwich-top", "lasagna-middle", "crossing"])
+@pytest.mark.parametrize("kv_of", [ONE_PASS[0], *UPWARD[1:4]], ids=str)
 @pytest.mark.parametrize("window", [(3, None, 3, 3, 2, 3), (2, 2, 2, 2, None, 2)])
 def test_windows_of_the_model(
-    tiny: Make, ids: Ids, logits: Logits, slow: Twin, name: str, window: tuple[int | None, ...]
+    shared: Make, ids: Ids, logits: Logits, slow: Twin, kv_of: KvOf, window: tuple[int | None, ...]
 ) -> None:
     """A query's window is its own layer's, whichever layer made the keys."""
-    model = shared(tiny, "llama", MAPS[name], windows=window, forward_passes=1, backward_passes=2)
+    model = shared("llama", kv_of, windows=window, forward_passes=1, backward_passes=2)
     text = ids(1, 9)
     with torch.no_grad():
         expected, _ = slow(model.decoder).passes(text[0], 1, 2)
@@ -269,21 +244,21 @@ def test_windows_of_the_model(
 
 
 @pytest.mark.parametrize(
-    ("name", "rest"),
+    ("kv_of", "rest"),
     [
-        ("pizza-bottom", {}),
-        ("sandwich-top", {}),
-        ("lasagna-middle", {"forward_passes": 0, "backward_passes": 4}),
-        ("crossing", {"strict": True}),
-        ("crossing", {"sequential": True}),
-        ("sandwich-bottom", {"sequential": True}),
+        ((0, 1, 2, 2, 2, 2), {}),
+        ((0, 4, 4, 4, 4, 5), {}),
+        ((1, 1, 1, 4, 4, 4), {"forward_passes": 0, "backward_passes": 4}),
+        ((2, 3, 2, 5, 0, 1), {"strict": True}),
+        ((2, 3, 2, 5, 0, 1), {"sequential": True}),
+        ((0, 1, 1, 1, 1, 5), {"sequential": True}),
     ],
 )
 @pytest.mark.parametrize("family_name", ["llama", "neox"])
 def test_checkpointing_gradients_changes_none(
-    tiny: Make, ids: Ids, name: str, rest: dict[str, Any], family_name: str
+    shared: Make, ids: Ids, kv_of: KvOf, rest: dict[str, Any], family_name: str
 ) -> None:
-    model, text = shared(tiny, family_name, MAPS[name], **rest), ids(2, 8)
+    model, text = shared(family_name, kv_of, **rest), ids(2, 8)
     model.train()
     expected = gradients(model, text)
     model.checkpoint_gradients(True)
@@ -302,21 +277,20 @@ def test_checkpointing_gradients_changes_none(
     assert kept[0] < kept[1] / 2, "checkpointing saves activations"
 
 
-@pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("family_name", FAMILIES)
-def test_only_kv_layers_own_keys_and_values(tiny: Make, name: str, family_name: str) -> None:
-    model, own = shared(tiny, family_name, MAPS[name]), tiny(family_name, layers=6)
+def test_only_kv_layers_own_keys_and_values(shared: Make, kv_of: KvOf, family_name: str) -> None:
+    model, own = shared(family_name, kv_of), shared(family_name, tuple(range(6)))
     c = model.config
     per_layer = 2 * c.kv_heads * c.head_dim * (c.width + c.qkv_bias) + c.head_dim * c.qk_norm
-    missing = c.layers - len(set(MAPS[name]))
+    missing = c.layers - len(set(kv_of))
     assert own.body_parameters() - model.body_parameters() == missing * per_layer
     grads = gradients(model, torch.arange(12).view(1, 12))
     assert all(grad.abs().max() > 0 for grad in grads.values()), "every parameter takes part"
 
 
-def test_empty_rows_write_nothing(tiny: Make, ids: Ids, slow: Twin) -> None:
+def test_empty_rows_write_nothing(shared: Make, ids: Ids, slow: Twin) -> None:
     """Positions given outright: padding on both sides of a cyclic pass."""
-    model, text = shared(tiny, "llama", MAPS["lasagna-top"], forward_passes=9), ids(1, 9)
+    model, text = shared("llama", (1, 1, 3, 3, 5, 5), forward_passes=9), ids(1, 9)
     positions = positions_of(torch.tensor([[False] * 2 + [True] * 6 + [False]]))
     assert positions is not None
     assert int((positions == EMPTY).sum()) == 3
@@ -325,3 +299,33 @@ def test_empty_rows_write_nothing(tiny: Make, ids: Ids, slow: Twin) -> None:
         found = decoder.head(decoder.body(decoder.embed(text), positions, ids=text))[0, 2:8]
         exact = slow(decoder).exact(text[0, 2:8])
     torch.testing.assert_close(found, exact, **CLOSE)
+
+
+class Adapted(nn.Module):
+    """A linear map with an addition of its own, as LoRA puts in its place."""
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias, self.inner = inner.weight, inner.bias, inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + 0.5 * self.inner(x.flip(-1))
+
+
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("kv_of", [(0, 1, 2, 2, 2, 2), (0, 4, 4, 4, 4, 5)], ids=str)
+def test_an_adapter_counts_in_every_pass(
+    shared: Make, ids: Ids, kv_of: KvOf, recomputed: bool
+) -> None:
+    """Also where a pass wants only a part of what the map gives."""
+    model, text = shared("llama", kv_of), ids(2, 9)
+    merged = copy.deepcopy(model)
+    for layer, plain in zip(model.decoder.layers, merged.decoder.layers, strict=True):
+        layer.attention.qkv = Adapted(layer.attention.qkv)
+        weight = plain.attention.qkv.weight
+        weight.data += 0.5 * weight.data.flip(-1)
+    model.checkpoint_gradients(recomputed)
+    torch.testing.assert_close(model(text).nll, merged(text).nll, **CLOSE)
+    with torch.no_grad():
+        by_parts, whole = (m.start(text, new_tokens=1).logits for m in (model, merged))
+    torch.testing.assert_close(by_parts, whole, **CLOSE)
