@@ -34,7 +34,7 @@ def read_layer_types(written: str) -> LayerTypes:
         found = _ENTRY.fullmatch(entry)
         if found is None:
             raise MethodError(
-                f"layers: entry {layer} is '{entry[:20]}': must be the number of a layer, from 0, "
+                f"layers: entry {layer} is {entry[:20]!r}: must be the number of a layer, from 0, "
                 "with an 's' behind it for a sliding window; entries are joined by '_'"
             )
         kv_of.append(int(found[1]))

@@ -65,6 +65,11 @@ def _map(written: str, layers: int, where: str) -> LayerTypes:
             f"{where}: 'layer_types' {written!r} has {len(found.kv_of)} entries, "
             f"'num_hidden_layers' is {layers}"
         )
+    if max(found.kv_of) >= layers:
+        raise CheckpointError(
+            f"{where}: 'layer_types' {written!r} names layer {max(found.kv_of)}; the last is "
+            f"{layers - 1}"
+        )
     return found
 
 

@@ -185,7 +185,10 @@ def test_a_folder_with_shared_keys_keeps_its_method(text: str, folder: Path) -> 
         c for c in load_graph(given.replace("full_attention", method)).cells if c.job != "data"
     )
     assert cell.spec["method"]["sharing"]["cross_layer"]["layers"] == "1s_1"
-    for layer_types, reason in (("0_2", "layer 1 reads layer 2"), ("0_1_2", "has 3 entries")):
+    for layer_types, reason in (
+        ("0_2", "names layer 2; the last is 1"),
+        ("0_1_2", "has 3 entries"),
+    ):
         wrong = {**LLAMA, **lckv, "layer_types": layer_types}
         (folder / "config.json").write_text(json.dumps(wrong))
         read_config.cache_clear()
