@@ -70,6 +70,7 @@ class Scattered(Cache):
     def __init__(self) -> None:
         self.rows: dict[int, Keys] = {}
         self.fresh: dict[int, Keys] = {}
+        self.shown: dict[int, Tensor] = {}
         self.observed: list[int] = []
 
     def plan(self, step: Step) -> Extra | None:
@@ -89,11 +90,11 @@ class Scattered(Cache):
         assert positions is not None
         order = torch.randperm(k.shape[2] + 2)
         poison = torch.full_like(k[:, :, :1], 1e3).expand(-1, -1, 2, -1)
-        padded = nn.functional.pad(positions, (0, 2), value=EMPTY)
+        self.shown[layer] = nn.functional.pad(positions, (0, 2), value=EMPTY)[:, order]
         return Keys(
             torch.cat((k, poison), 2)[:, :, order],
             torch.cat((v, poison), 2)[:, :, order],
-            padded[:, order],
+            self.shown[layer],
         )
 
     def joined(self, layer: int) -> Keys | None:
@@ -123,6 +124,15 @@ class Scattered(Cache):
         return 0
 
 
+class Unrotated(Scattered):
+    """Keeps keys as they were projected: each reader rotates what it read."""
+
+    rotates = True
+
+    def rotary_positions(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return positions, self.shown[layer]
+
+
 @st.composite
 def maps(draw: st.DrawFn) -> tuple[int, ...]:
     """Any map at all of two to five layers."""
@@ -140,7 +150,7 @@ def cuts(draw: st.DrawFn) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("family_name", FAMILIES)
-@pytest.mark.parametrize("kind", ["slots", "window", "scattered"])
+@pytest.mark.parametrize("kind", ["slots", "window", "scattered", "unrotated"])
 @settings(
     max_examples=12, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -166,6 +176,7 @@ def test_any_map_in_any_chunks(
         "slots": lambda: cache_of(decoder, 12),
         "window": lambda: cache_of(decoder, 12, {"sliding_window": {"window": 3}}),
         "scattered": Scattered,
+        "unrotated": Unrotated,
     }[kind]()
     with torch.inference_mode():
         expected = exact(slow(decoder, window), TEXT)

@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kvlab.methods.axis import resolve
+from kvlab.methods.build import build
 from kvlab.methods.cache.interface import Step
 from kvlab.methods.cache.opening import open_cache
 from kvlab.methods.decoder.config import DecoderConfig, Sharing, llama
 from kvlab.methods.decoder.generation import generate
 from kvlab.methods.decoder.language_model import TokenModel
+from kvlab.methods.model import LanguageModel
 
 FOLDERS = [Path(__file__).parents[2] / "golden/cross_layer"]
 if "KVLAB_GOLDEN" in os.environ:
@@ -39,7 +41,8 @@ class Case:
     def __init__(self, path: Path) -> None:
         self.tensors = load_file(path)
         about = json.loads((path.parent / "README.json").read_text())["cases"][path.stem]
-        self.config = config_of(about["config"])
+        self.about = about["config"]
+        self.config = config_of(self.about)
         self.ids = self.tensors["input_ids"]
 
     def __getitem__(self, name: str) -> Tensor:
@@ -56,7 +59,11 @@ class Case:
         """The model, with changes of how it shares."""
         assert self.config.sharing is not None
         config = self.config.with_(sharing=replaced(self.config.sharing, **sharing))
-        model = TokenModel(config, resolve({}))
+        return self.filled(TokenModel(config, resolve({})))
+
+    def filled(self, model: LanguageModel) -> TokenModel:
+        """A model of this shape, with the file's weights."""
+        assert isinstance(model, TokenModel)
         model.load_state_dict({f"decoder.{n}": w for n, w in self.named("weights").items()})
         return model.eval()
 
@@ -167,6 +174,24 @@ def test_logits_loss_and_gradients(case: Case) -> None:
         torch.testing.assert_close(
             grad, golden[name], **GRADIENTS, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def test_the_map_as_a_method(case: Case) -> None:
+    """Their `layer_types` in a workflow's YAML, on a config that shares nothing."""
+    about = case.about
+    written = {
+        "layers": about["layer_types"],
+        "strict": about["force_nodiag"],
+        "forward_passes": about["forward_passes"],
+        "backward_passes": about["backward_passes"],
+        **({"window": about["sliding_window"]} if "s" in about["layer_types"] else {}),
+    }
+    plain = case.config.with_(sharing=None, windows=None)
+    model = case.filled(build(plain, resolve({"cross_layer": written})))
+    assert model.acting == case.config
+    with torch.no_grad():
+        logits, _ = model.predictions(case.ids)
+    torch.testing.assert_close(logits[:, 1:], case["logits"][:, :-1], **CLOSE)
 
 
 @pytest.mark.parametrize("how", ["sequential", "as_many_passes_as_tokens"])

@@ -329,3 +329,19 @@ def test_an_adapter_counts_in_every_pass(
     with torch.no_grad():
         by_parts, whole = (m.start(text, new_tokens=1).logits for m in (model, merged))
     torch.testing.assert_close(by_parts, whole, **CLOSE)
+
+
+@pytest.mark.parametrize("kv_of", UPWARD, ids=str)
+def test_gradients_reach_every_weight_in_half_precision(
+    shared: Make, ids: Ids, kv_of: KvOf
+) -> None:
+    """Autocast keeps the weights it cast: those of passes without gradient must not be used on."""
+    model, text = shared("llama", kv_of).float(), ids(2, 12)
+    for parameter in model.decoder.layers.parameters():
+        parameter.data *= 0.5
+    expected = gradients(model, text)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(model, text)
+    for name, grad in expected.items():
+        alike = torch.cosine_similarity(found[name].flatten(), grad.flatten(), 0)
+        assert alike > 0.9, f"{name}: {alike}"
