@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +66,7 @@ class Expansion:
         self.workflow = workflow
         self.data = data
         self.model = model
-        self.short = short_names(key for job in workflow.jobs.values() for key in job.matrix)
+        self.short: dict[str, str] = {}
         self.drafts: dict[str, list[Draft]] = {}
         self.implicit: Parent | None = None
         self.parents: dict[str, Parent] = {}
@@ -81,6 +81,7 @@ class Expansion:
             if self._few_enough(job):
                 self._variants[job.name] = variants(self.workflow, job)
         names = order(self.workflow, self._variants)
+        self.short = short_names(self._carried(names))
         self._add_data()
         for name in names:
             job = self.workflow.jobs[name]
@@ -89,6 +90,24 @@ class Expansion:
                 continue
             self._cells(job)
         return [draft for drafts in self.drafts.values() for draft in drafts]
+
+    def _carried(self, names: Iterable[str]) -> set[frozenset[str]]:
+        """The sets of matrix paths that single cells carry, inherited ones included.
+
+        Args: names: of the jobs, parents before their children.
+        """
+        carried: dict[str, set[frozenset[str]]] = {}
+        for name in names:
+            found: set[frozenset[str]] = set()
+            for variant in self._variants.get(name, ()):
+                sets = {frozenset(self.workflow.jobs[name].matrix)}
+                for references in variant.references.values():
+                    # A cell has one of them.
+                    parents = set().union(*(carried.get(r.job, set()) for r in references))
+                    sets = {keys | parent for keys in sets for parent in parents or {frozenset()}}
+                found |= sets
+            carried[name] = found
+        return set().union(*carried.values())
 
     def _few_enough(self, job: JobEntry) -> bool:
         seeds = job.common.seeds or self.workflow.top.get("seeds") or (0,)

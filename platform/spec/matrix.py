@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,18 +76,23 @@ def put(tree: Mapping[str, Any], path: Sequence[str], value: Any, whole: str) ->
     return {**tree, head: put(below, rest, value, whole)}
 
 
-def short_names(keys: Iterable[str]) -> dict[str, str]:
-    """Return for every dotted path the shortest ending that no other one shares."""
-    distinct = sorted(set(keys))
-    taken: dict[str, int] = {}
-    endings = {key: _endings(key) for key in distinct}
-    for key in distinct:
-        for ending in endings[key]:
-            taken[ending] = taken.get(ending, 0) + 1
-    return {
-        key: next((e for e in endings[key] if taken[e] == 1 and e not in RESERVED), key)
-        for key in distinct
-    }
+def short_names(carried: Iterable[Collection[str]]) -> dict[str, str]:
+    """Return for every dotted path the shortest ending that tells it apart.
+
+    Args:
+        carried: paths that one cell carries together, inherited ones included, for every such set.
+            Two that no cell carries together may have one ending.
+    """
+    rivals: dict[str, set[str]] = {}
+    for keys in carried:
+        for key in keys:
+            rivals.setdefault(key, set()).update(keys)
+    return {key: _shortest(key, others - {key}) for key, others in sorted(rivals.items())}
+
+
+def _shortest(key: str, others: Collection[str]) -> str:
+    taken = {ending for other in others for ending in _endings(other)} | RESERVED
+    return next((ending for ending in _endings(key) if ending not in taken), key)
 
 
 RESERVED = frozenset({"seed", "of"})

@@ -90,6 +90,19 @@ def test_short_names_grow_where_they_would_clash(jobs: Jobs) -> None:
     assert "up[train.tokens=2k,uptrain.tokens=1k,seed=0]" in found
 
 
+def test_names_that_never_meet_in_a_cell_stay_short(jobs: Jobs) -> None:
+    found = cells(
+        jobs(
+            BASE + "  one:\n    matrix: {train.tokens: [1k]}\n    train: {method: full_attention}\n"
+            "  up:\n    matrix: {uptrain.tokens: [2k]}\n"
+            "    uptrain: {from: base, method: full_attention}\n"
+            "  score: {evaluate: {of: [one, up]}}\n"
+        )
+    )
+    assert "up[tokens=2k,seed=0]" in found
+    assert {"score[tokens=1k,of=one,seed=0]", "score[tokens=2k,of=up,seed=0]"} <= set(found)
+
+
 def test_equal_axes_pair_and_others_cross(jobs: Jobs) -> None:
     """Teacher and parent share the axis they inherit; the child's own axis crosses."""
     found = cells(
