@@ -35,7 +35,7 @@ def attach(model: LanguageModel, settings: Mapping[str, Any]) -> Any:
     inside = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and in_layer(name) and f"{name}.weight" not in fresh
+        if isinstance(module, nn.Linear) and in_layer(name)
     ]
     targets = settings["targets"]
     if targets is not None:
@@ -43,6 +43,12 @@ def attach(model: LanguageModel, settings: Mapping[str, Any]) -> Any:
         if unknown := sorted(set(targets) - set(known)):
             raise JobError(f"lora.targets: no layer has '{unknown[0]}'; it has {', '.join(known)}")
         inside = [name for name in inside if name.rpartition(".")[2] in targets]
+    inside = [name for name in inside if f"{name}.weight" not in fresh]
+    if not inside:
+        raise JobError(
+            f"lora.targets: {', '.join(targets or ())} train in full, as the conversion made them "
+            "anew: name others too"
+        )
     config = LoraConfig(
         r=settings["rank"], lora_alpha=settings["alpha"], target_modules=inside, lora_dropout=0.0
     )

@@ -205,3 +205,41 @@ def test_a_teacher_and_low_rank_additions_count(uptrain, block):
 def test_unknown_lora_targets_are_named(uptrain):
     with pytest.raises(JobError, match=r"no layer has 'nowhere'; it has "):
         uptrain(method={}, lora={"rank": 2, "alpha": 4.0, "targets": ["nowhere"]})
+
+
+def test_what_was_averaged_trains_in_full(uptrain, tmp_path):
+    """Layer 0 has the mean of two layers' keys and values; layer 1 has its own queries alone."""
+    low_rank = {"rank": 2, "alpha": 4.0, "targets": ["qkv"]}
+    spec = {"method": resolve("cla").to_dict(), "lora": low_rank}
+    uptrain("start", **spec, tokens=0)
+    uptrain("trained", **spec, tokens=512)
+    start, trained = (load(tmp_path / name).state_dict() for name in ("start", "trained"))
+    changes = {
+        name.removeprefix("decoder.layers."): torch.linalg.matrix_rank(trained[name] - tensor)
+        for name, tensor in start.items()
+        if not torch.equal(trained[name], tensor)
+    }
+    assert set(changes) == {"0.attention.qkv.weight", "1.attention.qkv.weight"}
+    assert changes["0.attention.qkv.weight"] > low_rank["rank"]
+    assert changes["1.attention.qkv.weight"] <= low_rank["rank"]
+
+
+def test_targets_that_all_train_in_full():
+    sizes = DecoderConfig(257, 32, 2, 2, 2, 16, 64)
+    model = convert(build(sizes, resolve({})), resolve("gqa"))
+    with pytest.raises(JobError, match="qkv train in full"):
+        lora.attach(model, {"rank": 2, "alpha": 4.0, "targets": ["qkv"]})
+    lora.attach(model, {"rank": 2, "alpha": 4.0, "targets": ["qkv", "out"]})
+
+
+def test_what_shares_already_is_converted_to_another_sharing(uptrain, base, tmp_path):
+    shared = resolve({"cross_layer": {"layout": "pizza_top", "kv_layers": 1}})
+    uptrain("first", method=shared.to_dict(), tokens=128)
+    other = resolve({"cross_layer": {"layout": "pizza_bottom", "kv_layers": 1, "kv_heads": 1}})
+    taught = {"weight": 0.5, "temperature": 1.0}
+    given = {"from": tmp_path / "first", "teacher": base}
+    result = uptrain("second", given, method=other.to_dict(), tokens=128, distill=taught)
+    model = load(tmp_path / "second")
+    assert model.method.to_dict() == other.to_dict()
+    assert model.decoder.config.kv_layers == (0,)
+    assert result["body_parameters"] == model.body_parameters()
