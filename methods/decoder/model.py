@@ -86,6 +86,7 @@ class Decoder(nn.Module):
             positions = self._places(hidden, positions)
             hidden = torch.cat((hidden, self.embed(extra.ids)), dim=1)
             positions = torch.cat((positions, extra.positions), dim=1)
+            exit_early = False  # the last row is not the caller's
         step = self._pass(hidden, positions, cache)
         for segment in self._segments:
             if segment.cyclic:
@@ -94,7 +95,7 @@ class Decoder(nn.Module):
             for i in range(segment.start, segment.stop):
                 if exit_early and i == self._exit:
                     hidden = self.layers[i](hidden, step, "last")
-                    step, rows = step.last_row(hidden), 1
+                    step = step.last_row(hidden)
                 else:
                     hidden = self.layers[i](hidden, step)
         cache.finish()
