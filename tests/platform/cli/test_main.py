@@ -119,6 +119,9 @@ def test_methods_lists_params_with_ranges_and_the_paper() -> None:
     assert "from 1 to 64" in shell("methods", "block_transformer").stdout
     everything = {entry["name"] for entry in json.loads(shell("methods", "--json").stdout)}
     assert {"full_attention", "block_transformer", "sliding_window"} <= everything
+    shared = json.loads(shell("methods", "cross_layer", "--json").stdout)["params"]
+    assert shared["layers"] == {"default": None, "type": "string or list", "optional": True}
+    assert shared["layout"]["default"] == "pizza_bottom"
 
 
 def test_methods_suggests_the_nearest_name() -> None:
