@@ -5,6 +5,12 @@ from __future__ import annotations
 from kvlab import KvlabError
 
 
+def who(owner: str) -> str:
+    """Say whose lease it is: "host H, pid P" of an owner "H/place:P:start"; any other as it is."""
+    place, _, pid = owner.rpartition(":")[0].rpartition(":")
+    return f"host {place.partition('/')[0]}, pid {pid}" if pid.isdigit() else owner
+
+
 class StoreError(KvlabError):
     """The store cannot be used: wrong address, unreachable, damaged, full, locked."""
 
@@ -30,7 +36,7 @@ class Held(StoreError):
 
     def __init__(self, workflow_id: int, owner: str, until: float, now: float) -> None:
         super().__init__(
-            f"workflow {workflow_id} is being run by {owner}, whose lease ends in "
+            f"workflow {workflow_id} is being run by {who(owner)}, whose lease ends in "
             f"{max(0.0, until - now):.0f} s unless it is renewed: stop that controller, or wait"
         )
         self.owner = owner

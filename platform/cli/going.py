@@ -11,7 +11,7 @@ from rich.console import Console
 
 from kvlab import KvlabError
 from kvlab.db.states import JobState
-from kvlab.platform.cli import live
+from kvlab.platform.cli import before, live
 
 if TYPE_CHECKING:
     from kvlab.platform.graph import Graph
@@ -30,10 +30,14 @@ def go(
 ) -> None:
     """Run to the end, print, and exit with the code that says how it went."""
     console = Console(stderr=as_json)
+    if isinstance(workflow, int) and before.nothing_left(home, workflow, mlflow):
+        live.say_done(home, workflow, as_json)
+        return
     watch = partial(live.watching, console=console, quiet=as_json)
     if address is None:
         if detach:
             raise KvlabError("--detach needs --address: a local run ends with its command")
+        before.look(home, workflow, cpus)
         from kvlab.platform.controller.launch import run_local
 
         outcome = run_local(home, workflow, watch, cpus=cpus, mlflow=mlflow)

@@ -182,7 +182,7 @@ def watching(controller: Controller | Remote, console: Console, quiet: bool) -> 
 def finish(home: Home, outcome: Outcome, console: Console, as_json: bool) -> None:
     """Print how it ended, and exit with 0 (done), 1 (jobs failed) or 130 (stopped)."""
     if as_json:
-        print(json.dumps(to_json(home, outcome)))
+        print(json.dumps(to_json(home, outcome.workflow, outcome.mirror)))
     else:
         console.print(
             Text(f"workflow {outcome.workflow} {outcome.state}: ").append(counts(outcome.counts)),
@@ -198,18 +198,26 @@ def finish(home: Home, outcome: Outcome, console: Console, as_json: bool) -> Non
         raise typer.Exit(1)
 
 
-def to_json(home: Home, outcome: Outcome) -> dict[str, Any]:
-    """The outcome with every job, for machines."""
+def say_done(home: Home, workflow: int, as_json: bool) -> None:
+    """Say that nothing is left to do."""
+    if as_json:
+        print(json.dumps(to_json(home, workflow)))
+    else:
+        print(f"workflow {workflow} is done: `kvlab compare {workflow}` shows it")
+
+
+def to_json(home: Home, workflow: int, mirror: str | None = None) -> dict[str, Any]:
+    """How a workflow stands, with every job, for machines."""
     from kvlab.db.store import Store
 
     with Store.open(home.url, read_only=True) as store:
-        status = store.status(outcome.workflow)
+        status = store.status(workflow)
     return {
-        "workflow": outcome.workflow,
+        "workflow": workflow,
         "name": status.row.name,
-        "state": outcome.state,
-        "counts": dict(outcome.counts),
-        "mirror": outcome.mirror,
+        "state": status.row.state,
+        "counts": status.counts,
+        "mirror": mirror,
         "jobs": [
             {"name": job.name, "state": job.state, "cause": job.cause, "message": job.message}
             for job in status.jobs

@@ -19,6 +19,7 @@ from kvlab import KvlabError
 from kvlab.db.store import Store
 from kvlab.platform.controller.controller import Controller, Outcome
 from kvlab.platform.controller.launch import mirror_of, submit
+from kvlab.platform.controller.lease import refuse_running
 from kvlab.platform.controller.pool import NAMESPACE, Pool
 from kvlab.platform.controller.snapshot import Snapshot
 from kvlab.platform.graph import Graph
@@ -49,11 +50,12 @@ class ControllerActor:
 
     def begin(self, workflow: Graph | int) -> int:
         """Store the workflow if it is new, run it in a thread, return its number at once."""
+        if isinstance(workflow, int):
+            refuse_running(self._store, self._store.status(workflow).row.name)
         pool = Pool(self._home, detached=True)
         number = (
             workflow if isinstance(workflow, int) else submit(self._store, workflow, pool.slots)
         )
-        self._store.status(number)
         pool.label = _label(self._home, number)
         mirror = mirror_of(self._home) if self._mlflow else None
         self._controller = Controller(

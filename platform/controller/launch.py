@@ -12,6 +12,7 @@ import ray
 from kvlab.db.store import Store
 from kvlab.platform.controller.controller import Controller, Outcome
 from kvlab.platform.controller.jobs import new_job
+from kvlab.platform.controller.lease import refuse_running
 from kvlab.platform.controller.local import local_ray
 from kvlab.platform.controller.pool import Pool
 from kvlab.platform.controller.slots import Slots, check_fit
@@ -56,8 +57,9 @@ def run_local(
 
 
 def submit(store: Store, graph: Graph, slots: Slots) -> int:
-    """Store a new workflow, if every job of it fits; return its number."""
+    """Store a new workflow, if every job of it fits and nobody runs it; return its number."""
     check_fit(((cell.name, cell.resources) for cell in graph.cells), slots)
+    refuse_running(store, graph.name)
     jobs = [new_job(cell) for cell in graph.cells]
     return store.create_workflow(graph.name, graph.text, dict(graph.report), jobs, time.time())
 

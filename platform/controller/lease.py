@@ -8,8 +8,9 @@ import threading
 import time
 from pathlib import Path
 
-from kvlab.db.errors import Held, LeaseLost, StoreError
-from kvlab.db.rows import Lease
+from kvlab import KvlabError
+from kvlab.db.errors import Held, LeaseLost, StoreError, who
+from kvlab.db.rows import Lease, WorkflowRow
 from kvlab.db.store import Store
 from kvlab.platform.controller.inbox import Asked, Inbox, LeaseOver
 
@@ -43,6 +44,44 @@ def claim(store: Store, workflow: int) -> Lease:
                 return store.claim(workflow, me, TTL_SECONDS, held.until)
             until = held.until
             time.sleep(min(1.0, max(0.05, until - store.clock())))
+
+
+def refuse_running(store: Store, name: str) -> None:
+    """Raise a KvlabError when a live process runs a workflow of that name.
+
+    A second one would do the same jobs again: nothing is reused before it is finished.
+    """
+    for row in store.workflows():
+        if row.name == name and _lives(store, row):
+            raise KvlabError(
+                f"{described(row)}: follow it with `kvlab status {row.id}`, "
+                f"or end it with `kvlab cancel {row.id}`"
+            )
+
+
+def running_here(store: Store) -> list[WorkflowRow]:
+    """The workflows that live processes of this machine run."""
+    return [row for row in store.workflows() if row.owner is not None and _alive(row.owner)]
+
+
+def described(row: WorkflowRow) -> str:
+    """Say that a workflow is running, and where."""
+    return f"workflow {row.id} '{row.name}' is running ({who(row.owner or 'unknown')})"
+
+
+def _lives(store: Store, row: WorkflowRow) -> bool:
+    """Whether somebody holds the workflow. Whom nobody here can see has to renew its lease."""
+    alive = None if row.owner is None else _alive(row.owner)
+    before = row
+    while row.owner is not None and row.expires_at is not None and alive is None:
+        if row.token != before.token or row.expires_at != before.expires_at:
+            return True
+        left = row.expires_at - store.clock()
+        if left <= 0:
+            return False
+        time.sleep(min(1.0, max(0.05, left)))
+        row = store.status(row.id).row
+    return bool(alive)
 
 
 class Heartbeat:

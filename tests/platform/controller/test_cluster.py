@@ -159,7 +159,7 @@ def test_cancelling_ends_what_a_dead_controller_left(address, begin, kvlab, tmp_
     await_checkpoint(tmp_path)
     # What the controller on the cluster raises is said here in one line, too.
     said = kvlab("resume", "--address", address, "--no-mlflow", code=2)
-    assert said.startswith("workflow 1 is being run by ")
+    assert said.startswith("workflow 1 'far' is running (host ")
     assert len(said.splitlines()) == 1
     lose_controller(tmp_path)
     said = ended(watching, code=2)
