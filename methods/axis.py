@@ -83,8 +83,8 @@ class Value:
         check: (params, config) -> problems that no field's range can say; config may be None. It is
             that of the decoder the axis acts on: see `inner` and `shape`.
         uptrained: params -> params as a model converted from a checkpoint has them.
-        convertible: (uptrained params, config, parent) -> what keeps a parent's weights from
-            becoming those of `config`, which is as in `check`; parent: of the decoder that has them.
+        convertible: (uptrained params, config, parent) -> what keeps the weights of a decoder of
+            sizes `parent` from becoming those of `config`, which is as in `check`.
         span: granularity only: params -> tokens that one position stands for; None: one.
         inner: granularity only: (params, config) -> the decoder that the other axes act on; None:
             the one of config itself.
@@ -374,6 +374,11 @@ def _refusal(hint: Any, found: object) -> str:
     if get_origin(hint) in (Union, UnionType):
         refusals = [_refusal(option, found) for option in get_args(hint)]
         return "" if "" in refusals else " or ".join(refusals)
+    if get_origin(hint) is tuple:
+        entry = get_args(hint)[0]
+        if not isinstance(found, list | tuple):
+            return "a list"
+        return next((f"a list of {r}" for each in found if (r := _refusal(entry, each))), "")
     if hint is NoneType:
         return "" if found is None else "null"
     if hint in (int, float, bool, str):

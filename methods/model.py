@@ -101,7 +101,7 @@ class LanguageModel(nn.Module, ABC):
             ids: [B, T] prompts, LEFT-padded where lengths differ.
             valid: [B, T] bool, false on padding; None where there is none.
             new_tokens: how many tokens the session will be given at most (sizes the cache).
-            apply: run-time axes (eviction, budget, precision); None is the full cache.
+            apply: run-time axes (eviction, budget, precision, prefill); None is the full cache.
         """
 
     @property

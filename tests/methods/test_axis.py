@@ -17,6 +17,7 @@ WRITTEN: list[Any] = [
     {"sliding_window": {"window": 64}},
     {"block_transformer": {"block_length": 2}},
     {"block_transformer": {"block_length": 2}, "sliding_window": {"window": 8}},
+    {"block_transformer": {"block_length": 2}, "yoco": {}, "prefill": {"passes": 2}},
 ]
 
 
@@ -49,6 +50,8 @@ def test_every_default_of_a_value_is_allowed() -> None:
         ({"granularity": {"block_transformer": {"ratio": "1"}}}, "float from"),
         ({"granularity": {"block_transformer": {"random_padding": 1}}}, "must be bool, found 1"),
         ({"granularity": {"block_transformer": {"block_layers": "a"}}}, "or null, found 'a'"),
+        ({"sharing": {"cross_layer": {"layers": 3}}}, "must be str or a list or null, found 3"),
+        ({"sharing": {"cross_layer": {"layers": [0, "1"]}}}, "or a list of int or null"),
     ],
 )
 def test_what_is_refused(canonical: Any, error: str) -> None:
