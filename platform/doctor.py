@@ -9,6 +9,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from urllib.parse import urlsplit
 
 import kvlab
 from kvlab import KvlabError
-from kvlab.platform.home import Home
+from kvlab.platform.home import Home, try_write
 
 Level = Literal["ok", "warn", "fail"]
 
@@ -45,7 +46,7 @@ class Finding:
 
 
 def examine(home: Home) -> list[Finding]:
-    """Look at everything a local run needs. Changes nothing, and creates no file."""
+    """Look at everything a local run needs. Changes nothing, and leaves no file."""
     findings: list[Finding] = []
     for check in CHECKS:
         try:
@@ -132,12 +133,24 @@ def disk(home: Home) -> Iterator[Finding]:
     place = next(folder for folder in (home.root, *home.root.parents) if folder.exists())
     free = shutil.disk_usage(place).free
     found = f"{free / GIB:.1f} GiB free at {home.root}"
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        yield Finding("home", "fail", f"{home.root} cannot be written", "set KVLAB_HOME")
-    elif free < LITTLE_DISK:
+    try:
+        _try_make(home.root, place)
+    except OSError as error:
+        found = f"{home.root} cannot be written ({error.strerror})"
+        yield Finding("home", "fail", found, "set KVLAB_HOME to a folder of yours")
+        return
+    if free < LITTLE_DISK:
         yield Finding("home", "warn", found, "free some space, or set KVLAB_HOME elsewhere")
     else:
         yield Finding("home", "ok", found)
+
+
+def _try_make(root: Path, there: Path) -> None:
+    """Write in the home, or make a folder beside where it would be; leaves nothing."""
+    if root == there:
+        try_write(root)
+    else:
+        Path(tempfile.mkdtemp(dir=there)).rmdir()
 
 
 def ray(home: Home) -> Iterator[Finding]:

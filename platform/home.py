@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from dataclasses import dataclass
+from errno import ENOTDIR
 from hashlib import sha256
 from pathlib import Path
 from urllib.parse import quote
@@ -30,12 +32,20 @@ class Home:
     url: str
 
     @classmethod
-    def find(cls, root: str | Path | None = None, url: str | None = None) -> Home:
+    def find(
+        cls, root: str | Path | None = None, url: str | None = None, *, checked: bool = True
+    ) -> Home:
         """Return the home at `root`, else $KVLAB_HOME, else .kvlab here. Creates nothing.
 
         The database is `url`, else $KVLAB_DATABASE, else kvlab.db in the folder.
+
+        Raises:
+            KvlabError: it is no folder and cannot become one, unless not `checked`.
         """
         folder = Path(root or os.environ.get("KVLAB_HOME") or ".kvlab").expanduser().absolute()
+        there = next(place for place in (folder, *folder.parents) if os.path.exists(place))
+        if checked and not os.path.isdir(there):
+            raise unwritable(folder, NotADirectoryError(ENOTDIR, os.strerror(ENOTDIR)))
         own = f"sqlite:///{quote(str(folder), safe='/ ')}/kvlab.db"
         return cls(folder, url or os.environ.get("KVLAB_DATABASE") or own)
 
@@ -51,11 +61,9 @@ class Home:
         try:
             for name in _FOLDERS:
                 (self.root / name).mkdir(parents=True, exist_ok=True)
+            try_write(self.root)
         except OSError as error:
-            raise KvlabError(
-                f"KVLAB_HOME {self.root} cannot be written ({error.strerror}): "
-                "set KVLAB_HOME to a folder of yours"
-            ) from error
+            raise unwritable(self.root, error) from error
 
     def artifact(self, identity: str) -> Path:
         return self.root.joinpath("artifacts", identity)
@@ -83,3 +91,17 @@ class Home:
             safe += f"~{sha256(cell.encode('utf-8', 'replace')).hexdigest()[:8]}"
         suffix = f".rank{rank}" if rank else ""
         return self.logs(workflow_id) / f"{safe}-{attempt}{suffix}.log"
+
+
+def try_write(folder: Path) -> None:
+    """Write a file that is gone at once: what permissions say is not all there is to it."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"kvlab")
+
+
+def unwritable(root: Path, error: OSError) -> KvlabError:
+    """What a person is told when KVLAB_HOME cannot be written."""
+    return KvlabError(
+        f"KVLAB_HOME {root} cannot be written ({error.strerror}): "
+        "set KVLAB_HOME to a folder of yours"
+    )

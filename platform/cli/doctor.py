@@ -20,7 +20,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a machine.")] = False,
 ) -> None:
     """Check this machine and its set-up. Exits 1 when something would stop a run."""
-    findings = examine(Home.find())
+    findings = examine(Home.find(checked=False))
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:

@@ -11,6 +11,7 @@ from typing import Any
 from kvlab.platform.data import fingerprint
 from kvlab.platform.data.files import matching
 from kvlab.platform.data.vocabulary import file_of
+from kvlab.platform.home import unwritable
 from kvlab.platform.jobs import checkpoint
 
 REMEMBERED = "contents.json"
@@ -50,13 +51,16 @@ class Contents:
         return self._remember(files, "checkpoint", lambda: checkpoint.fingerprint(path))
 
     def save(self) -> None:
-        """Write what was digested since, if this may write."""
+        """Write what was digested since, if this may write. Raises KvlabError if it cannot."""
         if self._file is None or not self._write or not self._fresh:
             return
-        self._file.parent.mkdir(parents=True, exist_ok=True)
         beside = self._file.with_suffix(".new")
-        beside.write_text(json.dumps(self._known), encoding="utf-8")
-        beside.replace(self._file)
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_text(json.dumps(self._known), encoding="utf-8")
+            beside.replace(self._file)
+        except OSError as error:
+            raise unwritable(self._file.parent, error) from error
         self._fresh = False
 
     def _remember(self, files: Iterable[Path], what: str, digest: Callable[[], str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import subprocess
 import sys
@@ -81,11 +82,6 @@ def test_a_cluster_without_a_token_fails(home: Home, monkeypatch: pytest.MonkeyP
     assert levels(doctor.ray, home)["ray auth"] == "ok"
 
 
-def test_a_home_that_cannot_be_made_fails(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    assert levels(doctor.disk, Home.find(tmp_path / "file" / "home")) == {"home": "fail"}
-
-
 def test_pins_that_differ_are_named() -> None:
     installed = version("pytest")
     pins = f"# a comment\npytest=={installed}\ntorch==0.1\nnot-installed-here==1.0\n"
@@ -102,3 +98,26 @@ def test_the_command_prints_json_and_its_exit_code_says_fail(home: Home) -> None
     failed = [f for f in json.loads(done.stdout) if f["level"] == "fail"]
     assert [f["name"] for f in failed] == ["ray auth"]
     assert "RAY_AUTH_MODE=token" in failed[0]["found"]
+
+
+@pytest.mark.parametrize("place", ["/proc/kv", "file", "file/below"])
+def test_a_home_that_cannot_be_written_fails(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    found = Home.find(place, checked=False)
+    assert levels(doctor.disk, found) == {"home": "fail"}
+
+
+def test_doctor_of_a_home_that_is_a_file_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code = "from kvlab.platform.cli.main import main; main()"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "doctor", "--json"],
+        env={**os.environ, "KVLAB_HOME": str(tmp_path / "file")},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 1
+    assert {f["name"]: f["level"] for f in json.loads(ended.stdout)}["home"] == "fail"

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvlab.platform.home import Home
+import pytest
+
+from kvlab import KvlabError
+from kvlab.platform.home import Home, try_write
 
 
 def test_logs_of_different_cells_are_different_files(tmp_path: Path) -> None:
@@ -17,3 +20,21 @@ def test_logs_of_different_cells_are_different_files(tmp_path: Path) -> None:
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_a_home_that_is_a_file_is_refused_at_once(below: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    place = tmp_path / "file" / below
+    with pytest.raises(KvlabError, match=f"KVLAB_HOME {place} cannot be written"):
+        Home.find(place)
+
+
+def test_a_home_that_no_folder_can_be_made_in_is_refused() -> None:
+    with pytest.raises(KvlabError, match="KVLAB_HOME /proc/kv cannot be written"):
+        Home.find("/proc/kv").create()
+
+
+def test_a_folder_that_takes_no_file_is_refused() -> None:
+    with pytest.raises(OSError):
+        try_write(Path("/proc"))
