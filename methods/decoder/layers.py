@@ -17,7 +17,6 @@ from kvlab.methods.cache.interface import Cache, Keys
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.rope import Rotation
 
-
 Onward = Literal["all", "last", "none"]
 """Which rows go on from a layer: all; the last alone; none: only their keys and values are kept."""
 

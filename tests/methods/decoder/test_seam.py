@@ -64,9 +64,7 @@ class Shuffled(Log):
     """Hands out the rows of every layer in an order of its own."""
 
     def read(self, layer: int) -> Keys:
-        keys = super().read(layer)
-        assert keys is not None
-        k, v, positions = keys
+        k, v, positions = super().read(layer)
         assert positions is not None
         order = torch.randperm(k.shape[2])
         return Keys(k[:, :, order], v[:, :, order], positions[:, order])
@@ -76,9 +74,7 @@ class PerHead(Log):
     """Every KV head has its rows in its own order, with empty slots among them."""
 
     def read(self, layer: int) -> Keys:
-        keys = super().read(layer)
-        assert keys is not None
-        k, v, positions = keys
+        k, v, positions = super().read(layer)
         assert positions is not None
         heads, rows = k.shape[1], k.shape[2]
         orders = torch.stack([torch.randperm(rows + 3) for _ in range(heads)])
@@ -132,9 +128,7 @@ class Rebuilding(Log):
         super().write(layer, k[:, :, keep], v[:, :, keep], positions[:, keep])
 
     def read(self, layer: int) -> Keys:
-        keys = super().read(layer)
-        assert keys is not None
-        k, v, positions = keys
+        k, v, positions = super().read(layer)
         other = self.beside[layer]
         assert positions is not None
         assert other.positions is not None
@@ -282,9 +276,7 @@ class Masked(Log):
         return slice(None)
 
     def read(self, layer: int) -> Keys:
-        keys = super().read(layer)
-        assert keys is not None
-        k, v, positions = keys
+        k, v, positions = super().read(layer)
         assert positions is not None
         gone = self.gone[layer, :, : k.shape[2]].unsqueeze(0)
         return Keys(k, v, positions.unsqueeze(1).masked_fill(gone, EMPTY))
