@@ -10,16 +10,20 @@ from kvlab.methods.cache.interface import Cache, Keys
 from kvlab.methods.cache.opening import last_reads
 from kvlab.methods.cache.policy import Policy
 from kvlab.methods.decoder.config import DecoderConfig
+from kvlab.methods.decoder.segments import runs_by_row
 
 
-def one_pass(config: DecoderConfig, policy: Policy | None = None) -> Cache:
+def one_pass(
+    config: DecoderConfig, policy: Policy | None = None, passes: int | None = None
+) -> Cache:
     """Return the cache of one pass over whole sequences, as a decoder of `config` trains.
 
     Args:
+        passes: as `Decoder.body` takes them.
         policy: whose rule the rows are read under: the pass then reads what a cache of that policy
             would have kept (see `Policy.rule`). None: the model's own rule.
     """
-    if config.sharing is not None and config.sharing.sequential:
+    if runs_by_row(config, passes):
         return GrowingCache(policy)
     return EphemeralCache(config, policy)
 
@@ -58,11 +62,9 @@ class EphemeralCache(_Ruled):
 class GrowingCache(_Ruled):
     """Keeps every row, joined anew for each, so that gradients reach all of the past.
 
-    It makes a pass exactly what decoding is, and costs time and memory with the square of the
-    length: the measure that passes in parallel are held to.
+    One row is given at a time. That makes a pass exactly what decoding is, and costs time and memory
+    with the square of the length: the measure that passes in parallel are held to.
     """
-
-    row_by_row = True
 
     def __init__(self, policy: Policy | None = None) -> None:
         super().__init__(policy)

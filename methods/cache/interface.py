@@ -62,7 +62,6 @@ class Cache(ABC):
     that KV layer or `finish`. Not thread safe.
 
     Attributes:
-        row_by_row: the decoder must give it one query row at a time.
         observes_all: it decides by what `observe` shows of every row of every layer, so that none
             may be left out of a prompt.
         rotates: true when keys are kept un-rotated: the decoder then rotates what `read` returned
@@ -70,7 +69,6 @@ class Cache(ABC):
     """
 
     rotates: bool = False
-    row_by_row: bool = False
     observes_all: bool = False
 
     def plan(self, step: Step) -> Extra | None:

@@ -14,6 +14,7 @@ from kvlab.methods.axis import Method, refuse_unread, resolve
 from kvlab.methods.cache.interface import Cache
 from kvlab.methods.cache.storage import PlainStorage, Space, Storage
 from kvlab.methods.decoder.config import DecoderConfig
+from kvlab.methods.prefill.params import prefill_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +72,10 @@ class Eviction(ABC):
     def open(self, opening: Opening) -> Cache:
         """Return an empty cache."""
 
-    def scoring(self, config: DecoderConfig) -> Cache | None:
+    def scoring(self, config: DecoderConfig, passes: int | None = None) -> Cache | None:
         """Return a cache under which one parallel pass reads what a live cache would have kept.
+
+        Args: passes: as `Decoder.body` takes them.
 
         None where only a token-by-token pass can tell: a choice that depends on content.
         """
@@ -130,7 +133,7 @@ def _scoring_cache(config: DecoderConfig, apply: Method) -> Cache | None:
     changed = [apply.choices.get(axis) for axis in ("budget", "precision")]
     if any(choice is not None and not choice.is_default for choice in changed):
         return None
-    return _eviction(apply).scoring(config)
+    return _eviction(apply).scoring(config, prefill_of(apply).passes)
 
 
 def last_reads(kv_of: Sequence[int]) -> dict[int, list[int]]:

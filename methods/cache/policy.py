@@ -27,10 +27,10 @@ class Policy(Eviction):
 
         return SlotCache(self, opening)
 
-    def scoring(self, config: DecoderConfig) -> Cache | None:
+    def scoring(self, config: DecoderConfig, passes: int | None = None) -> Cache | None:
         from kvlab.methods.cache.ephemeral import one_pass
 
-        return one_pass(config, self)
+        return one_pass(config, self, passes)
 
     @abstractmethod
     def capacity(self, layer: int, rows: int) -> int:

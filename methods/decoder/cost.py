@@ -10,7 +10,7 @@ from typing import NamedTuple
 from kvlab.methods.axis import Choice, Method, refuse_unread
 from kvlab.methods.cost import Cost
 from kvlab.methods.decoder.config import DecoderConfig
-from kvlab.methods.decoder.segments import exit_layer, passes_of, segments
+from kvlab.methods.decoder.segments import exit_layer, passes_of, runs_by_row, segments
 from kvlab.methods.prefill.params import prefill_of
 
 Windows = Sequence[int | None]
@@ -116,9 +116,8 @@ class DecoderCost(Cost):
 
     def prefill_flops(self, prompt: int) -> float:
         layers, windows = self.config.layers, self._prompt_windows()
-        passes = passes_of(self.config, prompt, self._prefill.passes)
         last = self._exit()
-        flops = self._forward(range(last), Reading(prompt, windows, passes))
+        flops = self._forward(range(last), self._whole(prompt, windows, self._prefill.passes))
         if last < layers:
             flops += 2.0 * self._kv_weights(last) * (prompt - 1)
         for layer in range(last, layers):
@@ -157,6 +156,8 @@ class DecoderCost(Cost):
         layers, found, asked = self.config.layers, exit_layer(self.config), self._prefill.early_exit
         if found is None or asked is False or (asked is None and found == layers - 1):
             return layers
+        if runs_by_row(self.config, self._prefill.passes):
+            return layers
         return found
 
     def _kv_weights(self, layer: int) -> int:
@@ -171,10 +172,9 @@ class DecoderCost(Cost):
         return own + self._kv_weights(layer)
 
     def _whole(self, rows: int, windows: Windows, passes: int | None = None) -> Reading:
-        """How training and scoring go over sequences of so many rows."""
-        sharing = self.config.sharing
-        row_by_row = sharing is not None and sharing.sequential
-        return Reading(rows, windows, None if row_by_row else passes_of(self.config, rows, passes))
+        """How a pass goes over sequences of so many rows."""
+        by_row = runs_by_row(self.config, passes)
+        return Reading(rows, windows, None if by_row else passes_of(self.config, rows, passes))
 
     def _forward(self, layers: range, reading: Reading) -> float:
         return sum(self._flops(layer, reading, reading.passes) for layer in layers)

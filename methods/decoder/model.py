@@ -13,7 +13,7 @@ from kvlab.methods.cache.interface import Cache, Step
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.layers import Layer, Pass, norm
 from kvlab.methods.decoder.rope import signed_frequencies
-from kvlab.methods.decoder.segments import Segment, exit_layer, passes_of, segments
+from kvlab.methods.decoder.segments import Segment, exit_layer, passes_of, runs_by_row, segments
 
 
 class Decoder(nn.Module):
@@ -70,16 +70,17 @@ class Decoder(nn.Module):
             positions: [B, T] int64, EMPTY on padding. None: rows 0..T-1 without padding.
             cache: the past; None reads and keeps nothing (training, scoring).
             ids: [B, T] what `hidden` embeds, for a cache that wants to see tokens.
-            passes: over layers that read keys from above them; None: the model's own number.
-            exit_early: leave out of the upper layers all rows but the last (see `exit_layer`).
+            passes: over layers that read keys from above them; None: as the model trains.
+            exit_early: leave out of the upper layers all rows but the last (see `exit_layer`). A
+                decoder that runs row by row leaves none out.
 
         Returns:
             [B, T, W], after the final norm; rows of padding hold nothing meaningful. [B, 1, W]
-            with `exit_early`.
+            where rows were left out.
         """
-        cache = one_pass(self.config) if cache is None else cache
+        cache = one_pass(self.config, passes=passes) if cache is None else cache
         rows = hidden.shape[1]
-        if cache.row_by_row and rows > 1:
+        if rows > 1 and runs_by_row(self.config, passes):
             return self._row_by_row(hidden, positions, cache, ids)
         extra = cache.plan(Step(rows, ids, positions))
         if extra is not None:
@@ -130,7 +131,7 @@ class Decoder(nn.Module):
     def _row_by_row(
         self, hidden: Tensor, positions: Tensor | None, cache: Cache, ids: Tensor | None
     ) -> Tensor:
-        """Give the cache one row at a time."""
+        """Run one row after another: each finds all before it in the cache."""
         positions = self._places(hidden, positions)
         rows = [
             self.body(

@@ -66,3 +66,11 @@ def passes_of(config: DecoderConfig, rows: int, passes: int | None = None) -> in
         sharing = config.sharing
         passes = 1 if sharing is None else sharing.forward_passes + sharing.backward_passes
     return min(passes, rows)
+
+
+def runs_by_row(config: DecoderConfig, passes: int | None = None) -> bool:
+    """Whether the decoder takes one row after another, as its sharing may ask for.
+
+    A number of passes that is given stands in for that, too.
+    """
+    return passes is None and config.sharing is not None and config.sharing.sequential

@@ -154,6 +154,8 @@ def test_sequential_training_is_three_passes_of_decoding() -> None:
     decoded = sum(cost.decode_flops(context) for context in range(1, 11))
     assert 10 * cost.score_flops_per_token(10) == pytest.approx(decoded)
     assert 10 * cost.train_flops_per_token(10) == pytest.approx(3 * decoded)
+    heads = 9 * 2 * config.width * config.vocab_size
+    assert cost.prefill_flops(10) == pytest.approx(decoded - heads)
 
 
 @pytest.mark.parametrize("name", MAPS)

@@ -58,6 +58,30 @@ def test_a_prompt_is_encoded_in_passes(
     assert (found[0] - converged[0]).abs().max() > 1e-3
 
 
+def test_a_sequential_model_reads_a_prompt_row_by_row(shared: Make, ids: Ids) -> None:
+    """As it was trained; a number of passes that is asked for stands in for that."""
+    kv_of = (0, 4, 4, 4, 4, 5)
+    model = shared("llama", kv_of, sequential=True, forward_passes=1, backward_passes=1)
+    prompts = [ids(9).tolist(), ids(4).tolist()]
+    row, valid = left_pad(prompts, torch.device("cpu"))
+    twin = shared("llama", kv_of, forward_passes=1, backward_passes=1)
+    twin.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        found = model.start(row, valid, new_tokens=1)
+        two = model.start(row, valid, new_tokens=1, apply=resolve({"prefill": {"passes": 2}}))
+        passes = twin.start(row, valid, new_tokens=1)
+        for sample, prompt in enumerate(prompts):
+            text = torch.tensor([[*prompt, 7, 1]])
+            exact = model.predictions(text)[0][0]
+            torch.testing.assert_close(found.logits[sample], exact[len(prompt)], **CLOSE)
+        torch.testing.assert_close(two.logits, passes.logits)
+        assert (two.logits - found.logits).abs().max() > 1e-3
+        two_scored = model(text, apply=resolve({"prefill": {"passes": 2}})).nll
+        torch.testing.assert_close(two_scored, twin(text).nll)
+        after = found.step(torch.tensor([7, 7]))
+        torch.testing.assert_close(after[1], exact[len(prompt) + 1], **CLOSE)
+
+
 def rows_seen(model: TokenModel) -> list[int]:
     """Count the rows that each layer's feed-forward meets, pass after pass."""
     seen: list[int] = []
