@@ -18,9 +18,10 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare the finished jobs of a workflow: table, JSON or HTML."""
+    from kvlab.platform.cli.console import console
     from kvlab.platform.cli.which import find
     from kvlab.platform.compare import show
     from kvlab.platform.home import Home
 
     home = Home.find()
-    show(home, find(home, workflow), html=html, as_json=as_json)
+    show(home, find(home, workflow), console(), html=html, as_json=as_json)

@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from kvlab import KvlabError
 from kvlab.db.states import JobState
 from kvlab.platform.cli import before, live
+from kvlab.platform.cli.console import console as make_console
+from kvlab.platform.compare import check_place, show
 
 if TYPE_CHECKING:
     from kvlab.platform.graph import Graph
@@ -25,11 +25,13 @@ def go(
     detach: bool,
     cpus: int | None,
     mlflow: bool,
-    html: Path,
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """Run to the end, print, and exit with the code that says how it went."""
-    console = Console(stderr=as_json)
+    console = make_console(stderr=as_json)
+    if html is not None:
+        check_place(html)
     if isinstance(workflow, int) and before.nothing_left(home, workflow, mlflow):
         live.say_done(home, workflow, as_json)
         return
@@ -53,9 +55,7 @@ def go(
             with watch(remote):
                 outcome = remote.run()
     if outcome.counts.get(JobState.DONE) and not as_json:
-        from kvlab.platform.compare import show
-
-        show(home, outcome.workflow, console, html=html)
+        show(home, outcome.workflow, console, html=html, ended=True)
     live.finish(home, outcome, console, as_json)
 
 

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kvlab.db.states import JobState, WorkflowState
+from kvlab import KvlabError
+from kvlab.db.states import Cause, JobState, WorkflowState
 
 if TYPE_CHECKING:
     from kvlab.platform.controller.cluster import Remote
@@ -62,14 +63,17 @@ class View:
     def __exit__(self, *error: object) -> None:
         self._closed.set()
         self._thread.join()
-        self._update()
+        with suppress(KvlabError):
+            self._update()
         if self._console.is_terminal:
             self._live.update(Text(""), refresh=True)
             self._live.stop()
 
     def _follow(self) -> None:
-        while not self._closed.wait(REFRESH_SECONDS):
-            self._update()
+        # That a controller on a cluster is gone is said by who waits for its end.
+        with suppress(KvlabError):
+            while not self._closed.wait(REFRESH_SECONDS):
+                self._update()
 
     def _update(self) -> None:
         snapshot = self._source(self._seen)
@@ -101,7 +105,9 @@ def counts(found: Any) -> Text:
 
 def line(change: Change) -> Text:
     """Say what happened to a job."""
-    state = "again" if change.state is JobState.QUEUED else str(change.state)
+    stopped = change.cause == Cause.STOPPED
+    again = "stopped" if stopped else "again"
+    state = again if change.state is JobState.QUEUED else str(change.state)
     text = Text(f"{state:>9}  ", STYLES.get(change.state, ""))
     text.append(change.name, "bold")
     if change.reused:
@@ -110,7 +116,7 @@ def line(change: Change) -> Text:
         text.append(f"  {change.seconds:.1f} s")
     if change.attempt > 1:
         text.append(f"  attempt {change.attempt}")
-    if change.cause is not None and change.state is not JobState.DONE:
+    if change.cause is not None and change.state is not JobState.DONE and not stopped:
         text.append(f"  {change.cause}: {change.message or ''}")
     return text
 

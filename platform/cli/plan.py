@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-
-WIDTH = 160
-"""Characters of a line where output is no terminal."""
 
 
 def command(
@@ -21,6 +17,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the jobs of a workflow: reusable, stale (and why) or to run, and what they will cost."""
+    from kvlab.platform.cli.console import console
     from kvlab.platform.home import Home
     from kvlab.platform.planning import plan, render
     from kvlab.platform.spec.read import load_graph
@@ -31,6 +28,4 @@ def command(
     if as_json:
         print(json.dumps(render.as_json(made)))
         return
-    from rich.console import Console
-
-    render.show(made, Console(width=None if sys.stdout.isatty() else WIDTH))
+    render.show(made, console())

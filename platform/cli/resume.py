@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,7 +18,7 @@ def command(
     detach: Detach = False,
     cpus: Cpus = None,
     mlflow: Mlflow = True,
-    html: Report = Path("report.html"),
+    html: Report = None,
     as_json: Json = False,
 ) -> None:
     """Go on with a workflow that stopped, failed or was cancelled, or whose controller died.

@@ -11,7 +11,10 @@ Cpus = Annotated[
     int | None, typer.Option("--cpus", min=1, help="CPUs that jobs may have; default: all.")
 ]
 Mlflow = Annotated[bool, typer.Option("--mlflow/--no-mlflow", help="Mirror to MLflow.")]
-Report = Annotated[Path, typer.Option("--html", metavar="FILE", help="Where the report goes.")]
+Report = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="FILE", help="Where the report goes; default: report.html."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON at the end, and nothing before.")]
 Address = Annotated[
     str | None,
@@ -28,7 +31,7 @@ def command(
     detach: Detach = False,
     cpus: Cpus = None,
     mlflow: Mlflow = True,
-    html: Report = Path("report.html"),
+    html: Report = None,
     as_json: Json = False,
 ) -> None:
     """Run a workflow, locally or on a Ray cluster.

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvlab.db.states import JobState
+from kvlab.platform.controller.running import WAITED
+
 if TYPE_CHECKING:
     from kvlab.db.rows import JobStatus, Status, WorkflowRow
+    from kvlab.platform.home import Home
 
 
 def command(
@@ -20,15 +25,14 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show workflows, or the jobs of one with their attempts."""
-    from rich.console import Console
-
     from kvlab.db.errors import NoStore
     from kvlab.db.store import Store
-    from kvlab.platform.cli.which import find
+    from kvlab.platform.cli.console import console as make_console
+    from kvlab.platform.cli.which import find, nothing
     from kvlab.platform.home import Home
 
     home = Home.find()
-    console = Console(soft_wrap=True)
+    console = make_console()
     if workflow is None:
         try:
             with Store.open(home.url, read_only=True) as store:
@@ -38,7 +42,7 @@ def command(
         if as_json:
             print(json.dumps([_workflow(row) for row in rows]))
         elif not rows:
-            console.print(f"{home.root} holds no workflow yet: `kvlab run FILE` makes one")
+            print(nothing(home))
         else:
             _print_all(rows, console)
         return
@@ -48,7 +52,7 @@ def command(
     if as_json:
         print(json.dumps({**_workflow(status.row), "counts": status.counts, "jobs": _jobs(status)}))
     else:
-        _print_one(status, console)
+        _print_one(home, status, console)
 
 
 def standing(row: WorkflowRow, now: float) -> str:
@@ -59,39 +63,52 @@ def standing(row: WorkflowRow, now: float) -> str:
 
 
 def _print_all(rows: list[WorkflowRow], console: Any) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("", "workflow", "state", "begun", box=None)
+    table = Table("", Column("workflow", overflow="fold"), "state", "begun", box=None)
     for row in rows:
         begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(row.created_at))
         table.add_row(str(row.id), row.name, standing(row, time.time()), begun)
     console.print(table)
 
 
-def _print_one(status: Status, console: Any) -> None:
-    from rich.table import Table
+def _print_one(home: Home, status: Status, console: Any) -> None:
+    from rich.table import Column, Table
     from rich.text import Text
 
     from kvlab.platform.cli.live import STYLES, counts
 
     row = status.row
     console.print(f"{row.id} {row.name}: {standing(row, time.time())}", markup=False)
-    table = Table("job", "kind", "state", "attempt", "seconds", "", box=None)
-    for job in status.jobs:
+    name, remark = Column("job", overflow="fold"), Column("", overflow="fold")
+    short = [Column(one, no_wrap=True) for one in ("kind", "state", "attempt", "seconds")]
+    table = Table(name, *short, remark, box=None)
+    states = [_state(home, job) for job in status.jobs]
+    for job, state in zip(status.jobs, states, strict=True):
         table.add_row(
             Text(job.name),
             job.kind,
-            Text(job.state, STYLES.get(job.state, "")),
+            Text(state, STYLES.get(state, "")),
             str(job.attempt or ""),
-            _seconds(job),
+            _seconds(job, state),
             Text(_remark(job)),
         )
     console.print(table)
-    console.print(counts(status.counts))
+    console.print(counts(Counter(states)))
 
 
-def _seconds(job: JobStatus) -> str:
-    if job.started_at is None or job.reused_from is not None:
+def _state(home: Home, job: JobStatus) -> JobState:
+    """The job's state; one that waits in a worker, behind another job, is still queued."""
+    spool = home.spool(job.id, job.attempt)
+    begun = spool.exists() or not spool.parent.is_dir()
+    return JobState.QUEUED if job.state is JobState.RUNNING and not begun else job.state
+
+
+def _seconds(job: JobStatus, state: JobState) -> str:
+    given_back = job.message == WAITED
+    if job.started_at is None or job.reused_from is not None or given_back:
+        return ""
+    if state is not job.state:
         return ""
     return f"{(job.ended_at or time.time()) - job.started_at:.1f}"
 
@@ -99,8 +116,10 @@ def _seconds(job: JobStatus) -> str:
 def _remark(job: JobStatus) -> str:
     if job.reused_from is not None:
         return f"reused from job {job.reused_from}"
-    if job.cause is None or job.cause == "done":
+    if job.cause is None or job.cause == "done" or job.message == WAITED:
         return ""
+    if job.cause == "stopped":
+        return str(job.cause)
     return f"{job.cause}: {job.message or ''}"
 
 

@@ -28,12 +28,15 @@ def show(
     console: Console | None = None,
     html: Path | None = None,
     as_json: bool = False,
+    ended: bool = False,
 ) -> Comparison:
-    """Print a stored workflow's comparison; also write report.html where `html` says so.
+    """Print a stored workflow's comparison; also write the report where `html` says so.
 
     Args:
         console: where to print; None is standard output.
         as_json: print JSON instead of the table.
+        ended: a run just ended: its report is written if some arm has a number, without `html`
+            where `default_place` says.
 
     Raises:
         CompareError: the report cannot be written. StoreError: no such store or workflow.
@@ -47,7 +50,10 @@ def show(
     console = console or Console()
     with Store.open(home.url, read_only=True) as store:
         comparison = compare(store.load(workflow_id))
+        if ended:
+            html = _place(html, comparison)
         if html is not None:
+            check_place(html)
             _write(html, _rendered(store, comparison))
     if as_json:
         # Not through the console's markup or wrapping: a machine reads this.
@@ -57,6 +63,24 @@ def show(
         if html is not None:
             console.print(f"\nReport: {html}", markup=False, highlight=False, soft_wrap=True)
     return comparison
+
+
+def check_place(html: Path) -> None:
+    """Raise a CompareError where no report can be: said before hours are spent on it."""
+    if not html.parent.is_dir():
+        raise CompareError(
+            f"the report cannot be written to {html}: there is no folder {html.parent}: "
+            "make it, or name another file"
+        )
+
+
+def _place(html: Path | None, comparison: Comparison) -> Path | None:
+    """Where the report of a run that ended goes; None: there is nothing to report."""
+    from kvlab.platform.compare.place import default_place
+
+    if not comparison.measured:
+        return None
+    return html or default_place(comparison.name, comparison.workflow_id)
 
 
 def report_of(store: Store, workflow_id: int, state: WorkflowState | None = None) -> str | None:
@@ -84,7 +108,6 @@ def _rendered(store: Store, comparison: Comparison) -> str:
 
 def _write(path: Path, text: str) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise CompareError(

@@ -192,11 +192,9 @@ def _spent(row: JobRow) -> tuple[float, float]:
 
 def _problems(draft: Draft, by_name: Mapping[str, JobRow]) -> Iterator[str]:
     for row in (*draft.models.values(), *draft.measurements):
-        if row.state is JobState.DONE:
+        if row.state is JobState.DONE or row.state not in TERMINAL:
             continue
-        if row.state not in TERMINAL:
-            yield f"{row.name} is {row.state.value}"
-        elif row.state is JobState.SKIPPED:
+        if row.state is JobState.SKIPPED:
             blamed = next(
                 (a.name for a in _ancestors(row, by_name) if a.state is JobState.FAILED), None
             )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvlab.db.rows import JobRow, Workflow
-from kvlab.db.states import JobState
+from kvlab.db.states import TERMINAL, JobState
 from kvlab.platform.compare.arms import Draft, gather, missing, seed_of
 from kvlab.platform.compare.columns import Layout, lay_out
 from kvlab.platform.compare.differences import Samples, change, log_ratio, mean_log_ratio, verdict
@@ -36,6 +36,7 @@ def compare(workflow: Workflow) -> Comparison:
         _arm(draft, by_id.get(against[draft.id] or ""), draft in baseline, layout)
         for draft in drafts
     )
+    measured = _measured(drafts, arms, layout)
     return Comparison(
         workflow_id=workflow.row.id,
         name=workflow.row.name,
@@ -47,9 +48,16 @@ def compare(workflow: Workflow) -> Comparison:
         settings=layout.settings,
         columns=layout.columns,
         front=_front(workflow.report.get("pareto") or (), arms, by_id, layout),
-        notes=(*notes, *layout.notes, *_unfronted(workflow.report, layout), *_notes(arms)),
+        notes=(
+            *notes,
+            *layout.notes,
+            *_unfronted(workflow.report, layout),
+            *_notes(arms, measured),
+            *_open(workflow.jobs),
+        ),
         environments=_environments(workflow.jobs),
         jobs=_states(workflow.jobs),
+        measured=measured,
     )
 
 
@@ -213,7 +221,7 @@ def _mean_curve(curves: list[tuple[float | None, ...]]) -> tuple[float | None, .
     )
 
 
-def _notes(arms: tuple[Arm, ...]) -> list[str]:
+def _notes(arms: tuple[Arm, ...], measured: bool) -> list[str]:
     notes = []
     numbers = [(arm, number) for arm in arms for number in arm.numbers.values()]
     voided = {arm.id: number.void for arm, number in numbers if number.void}
@@ -226,13 +234,25 @@ def _notes(arms: tuple[Arm, ...]) -> list[str]:
         f"{name}: {seeds}; ratios and the front rest on the seeds that both have."
         for name, seeds in unpaired.items()
     ]
-    if any(number.value is not None and len(number.seeds) == 1 for _, number in numbers):
+    one_seed = any(number.value is not None and len(number.seeds) == 1 for _, number in numbers)
+    if measured and one_seed:
         notes.append(
             "Some numbers come from one seed: nothing is known about how another seed would move "
             "them. Add seeds to find out."
         )
     notes += [f"{arm.id}: {problem}." for arm in arms for problem in arm.problems]
     return notes
+
+
+def _open(jobs: tuple[JobRow, ...]) -> list[str]:
+    count = sum(row.state not in TERMINAL for row in jobs)
+    return [f"{count} {'job' if count == 1 else 'jobs'} unfinished."] if count else []
+
+
+def _measured(drafts: list[Draft], arms: tuple[Arm, ...], layout: Layout) -> bool:
+    measuring = any(draft.measurements for draft in drafts)
+    shown = [column.id for column in layout.columns if column.setting or not measuring]
+    return any(arm.number(column).value is not None for arm in arms for column in shown)
 
 
 def _environments(jobs: tuple[JobRow, ...]) -> tuple[Mapping[str, Any], ...]:

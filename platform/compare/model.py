@@ -144,6 +144,7 @@ class Comparison:
     Attributes:
         columns: in the order of tables; those marked `headline` make the main one.
         notes: what a reader must know before believing a number.
+        measured: whether some arm has a number; where jobs measure, one that was measured.
         environments: device descriptions seen in benchmarks, each with the settings it belongs to.
     """
 
@@ -160,6 +161,7 @@ class Comparison:
     notes: tuple[str, ...]
     environments: tuple[Mapping[str, Any], ...]
     jobs: Mapping[str, int]
+    measured: bool
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.id == name)

@@ -13,6 +13,7 @@ from typing import Any
 import kvlab
 from kvlab.platform.compare.curves import Curve
 from kvlab.platform.compare.model import Comparison
+from kvlab.platform.compare.place import MARK
 from kvlab.platform.compare.plots import charts, colours
 from kvlab.platform.compare.sheets import further_sheets, main_sheet
 from kvlab.platform.compare.summary import summarise_in_words
@@ -52,6 +53,7 @@ def render(comparison: Comparison, curves: Mapping[str, Curve]) -> str:
     shade = colours(comparison)
     return environment.get_template("report.html.j2").render(
         comparison=comparison,
+        mark=Markup(MARK).format(comparison.name),  # noqa: S704
         version=kvlab.__version__,
         created=datetime.fromtimestamp(comparison.created_at, UTC).strftime("%Y-%m-%d %H:%M UTC"),
         sentences=summarise_in_words(comparison),

@@ -219,10 +219,13 @@ def _seeds(arm: Arm) -> Cell:
     ]
     if not counts:
         return Cell((Line("—", "faint"),))
-    least, expected = min(count for count, _ in counts), max(most for _, most in counts)
-    if least < expected:
+    lacking = [(count, expected) for count, expected in counts if count < expected]
+    least, expected = min(lacking or counts)
+    if lacking:
         return Cell((Line(f"{least} of {expected}", "worse"),))
-    return Cell((Line(str(expected)),))
+    # A job that asked for fewer seeds than the others lacks none, and still has fewer.
+    fewer = expected < max(expected for _, expected in counts)
+    return Cell((Line(f"{least} of {expected}" if fewer else str(expected)),))
 
 
 def _caption(comparison: Comparison) -> str:

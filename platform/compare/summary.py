@@ -19,6 +19,8 @@ def summarise_in_words(comparison: Comparison) -> list[str]:
     """Return sentences: what was compared, each arm against the baseline, and what is worth it."""
     if not comparison.arms:
         return ["This workflow measures no model, so there is nothing to compare."]
+    if not comparison.measured:
+        return ["No arm has a number yet." if _unfinished(comparison) else "No arm has a number."]
     columns = _columns(comparison)
     sentences = [_opening(comparison)]
     for arm in _spoken_of(comparison):
@@ -50,12 +52,16 @@ def _opening(comparison: Comparison) -> str:
     arms = len(comparison.arms)
     text = f"{arms} {'arm' if arms == 1 else 'arms'}, {most} {'seed' if most == 1 else 'seeds'}"
     lost = sum(comparison.jobs.get(state, 0) for state in ("failed", "skipped", "cancelled"))
-    open_ = sum(comparison.jobs.get(state, 0) for state in ("waiting", "queued", "running"))
+    open_ = _unfinished(comparison)
     if lost:
         text += f"; {lost} of {sum(comparison.jobs.values())} jobs did not succeed"
     if open_:
         text += f"; {open_} jobs are still to finish, so numbers may change"
     return f"{text}."
+
+
+def _unfinished(comparison: Comparison) -> int:
+    return sum(comparison.jobs.get(state, 0) for state in ("waiting", "queued", "running"))
 
 
 def _claims(arm: Arm, columns: Sequence[Column]) -> list[str]:

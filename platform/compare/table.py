@@ -25,13 +25,15 @@ STYLES: dict[Tone, str] = {
 
 NAME_WIDTH = 38
 """Names of arms are folded beyond this, so that numbers stay in sight."""
+WIDEST = 400
+"""On a console wider than this, which no person looks at, names stay whole."""
 
 
 def draw(comparison: Comparison, console: Console) -> None:
     """Print the tables, the summary in words and the notes, none wider than the console."""
     title = f"{comparison.name} (workflow {comparison.workflow_id}, {comparison.state})"
     console.print(Text(title, style="bold"))
-    if comparison.arms:
+    if comparison.arms and comparison.measured:
         for sheet in (main_sheet(comparison), *further_sheets(comparison)):
             console.print(_sheet(sheet, console))
     for sentence in summarise_in_words(comparison):
@@ -50,27 +52,27 @@ def _sheet(sheet: Sheet, console: Console) -> RenderableType:
         taken = 1
         while taken < len(rest) and _fits(sheet, [first, *rest[: taken + 1]], console):
             taken += 1
-        parts.append(_table(sheet, [first, *rest[:taken]]))
+        parts.append(_table(sheet, [first, *rest[:taken]], console))
         rest = rest[taken:]
     if sheet.caption:
-        parts.append(Padding(Text(sheet.caption, style="dim"), (0, 1)))
+        parts.append(Padding(Text(sheet.caption, style="dim"), (0, 1), expand=False))
     return Group(*parts)
 
 
 def _fits(sheet: Sheet, columns: list[int], console: Console) -> bool:
     measured = Measurement.get(
-        console, console.options.update(max_width=1000), _table(sheet, columns)
+        console, console.options.update(max_width=1000), _table(sheet, columns, console)
     )
     return measured.maximum <= console.width
 
 
-def _table(sheet: Sheet, columns: list[int]) -> Table:
+def _table(sheet: Sheet, columns: list[int], console: Console) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), leading=1)
     for index in columns:
         table.add_column(
             _heading(sheet.headings[index]),
             justify="right" if index else "left",
-            max_width=None if index else NAME_WIDTH,
+            max_width=None if index or console.width > WIDEST else NAME_WIDTH,
         )
     for row in sheet.rows:
         table.add_row(*(_cell(row[index]) for index in columns))

@@ -12,7 +12,13 @@ from kvlab.platform.controller.jobs import Jobs
 from kvlab.platform.controller.ledger import Ledger
 from kvlab.platform.controller.leftovers import forget_checkpoints
 from kvlab.platform.controller.pool import Pool
-from kvlab.platform.controller.running import POLL_SECONDS, POLLS_PER_SECOND, End, Running
+from kvlab.platform.controller.running import (
+    POLL_SECONDS,
+    POLLS_PER_SECOND,
+    WAITED,
+    End,
+    Running,
+)
 from kvlab.platform.controller.salvage import last_sign, salvage
 from kvlab.platform.controller.schedule import Move, Schedule
 from kvlab.platform.controller.slots import Slots, SlotState
@@ -29,8 +35,6 @@ QUICK_SECONDS = 0.1
 
 RECALL_SECONDS = 0.5
 """A job that takes longer gives back what waits behind it, if another worker idles."""
-
-WAITED = "it waited behind a job that took long or ended its worker"
 
 DEATH_SECONDS = 10.0
 """How long workers of a dead controller may take to die."""
@@ -191,7 +195,15 @@ class Attempts:
 
         self._ledger.row(write, job, "end")
         self._jobs.note(
-            job, attempt, verdict.state, ended_at=now, cause=cause, message=message, result=result
+            job,
+            attempt,
+            verdict.state,
+            told=not (running.waits and cause is Cause.STOPPED),
+            began=running.since,
+            ended_at=now,
+            cause=cause,
+            message=message,
+            result=result,
         )
         if done:
             self._jobs.artifacts[job] = artifact
@@ -232,10 +244,6 @@ class Attempts:
             running.asked = True
             if running.slot is not None:
                 self._pool.stop(running.slot, running.key)
-
-    def abandon(self, now: float) -> None:
-        """End what did not stop in time."""
-        self.end_all(Cause.STOPPED, now)
 
     def end_all(self, cause: Cause, now: float) -> None:
         """End every running attempt now."""
@@ -292,11 +300,16 @@ class Attempts:
                 batch.checkpoint(job, attempt, *found)
 
         self._ledger.row(write, job, "start")
-        self._jobs.note(job, attempt, JobState.RUNNING, started_at=now, ended_at=None)
+        queue = self._by_slot.setdefault(slot, [])
+        waits = bool(queue)
+        queue.append(job)
+        self._jobs.note(
+            job, attempt, JobState.RUNNING, told=not waits, started_at=now, ended_at=None
+        )
         first = now + POLL_SECONDS
         self.measuring += one.shape.exclusive
-        self.running[job] = Running(Tail(job, attempt), slot, workers, now, now, first)
-        self._by_slot.setdefault(slot, []).append(job)
+        tail = Tail(job, attempt)
+        self.running[job] = Running(tail, slot, workers, now, now, first, waits=waits)
         assignments = self._jobs.assignments(
             self._workflow, job, attempt, restore, one, self._pool.rendezvous(slot)
         )
@@ -338,6 +351,15 @@ class Attempts:
         else:
             took = now - max(running.since, self._slots[slot].idle_since)
             self._slots.idle(slot, now, quick=quick and took < QUICK_SECONDS)
+            self._next_begins(slot, now)
+
+    def _next_begins(self, slot: int, now: float) -> None:
+        """What waited behind the attempt that left runs from now on, unless it is to stop."""
+        for job in self._by_slot.get(slot, [])[:1]:
+            running = self.running[job]
+            if running.waits and not running.asked:
+                running.waits, running.since = False, now
+                self._jobs.tell(job, running.tail.attempt, JobState.RUNNING)
 
     def _took(self, running: Running, now: float) -> None:
         tail = running.tail

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -105,10 +106,15 @@ class Controller:
 
     def snapshot(self, after: int = 0) -> Snapshot:
         """How things stand, with the changes from number `after` on. Any thread."""
-        running = [] if self._attempts is None else list(self._attempts.running.values())
+        held = [] if self._attempts is None else list(self._attempts.running.values())
+        running = [one for one in held if not one.waits]
+        # To a person, what a worker has in its queue does not run yet.
+        counts = Counter(self._schedule.counts)
+        counts[JobState.RUNNING] -= len(held) - len(running)
+        counts[JobState.QUEUED] += len(held) - len(running)
         return Snapshot(
             self._workflow,
-            dict(self._schedule.counts),
+            counts,
             tuple(
                 RunningJob(self._jobs[one.tail.job].name, one.tail.attempt, one.since, one.progress)
                 for one in running
@@ -192,7 +198,7 @@ class Controller:
         self._schedule.wake(now)
         attempts.settle(now)
         if self._stop_by is not None and now >= self._stop_by:
-            attempts.abandon(now)
+            attempts.end_all(Cause.STOPPED, now)  # did not stop in time
         if attempts.failed_starts >= STARTS:
             raise KvlabError(f"workers cannot be started: {attempts.start_error}")
         if self._detached and now >= self._nodes_at:

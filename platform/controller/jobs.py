@@ -94,24 +94,39 @@ class Jobs:
             for rank in range(slot.shape.workers)
         ]
 
-    def note(self, job: int, attempt: int, state: JobState, **columns: Any) -> None:
-        """The job's row changed: to `state`, and in these columns."""
-        known = self.facts.setdefault(job, {})
-        began = known.get("started_at", self.rows[job].started_at)
-        known.update(columns, state=state)
+    def note(
+        self,
+        job: int,
+        attempt: int,
+        state: JobState,
+        *,
+        told: bool = True,
+        began: float | None = None,
+        **columns: Any,
+    ) -> None:
+        """The job's row changed: to `state`, and in these columns.
+
+        Args:
+            told: whether a person following the workflow hears of it.
+            began: when the job itself began, where an attempt ended.
+        """
+        self.facts.setdefault(job, {}).update(columns, state=state)
         self.changed.add(job)
-        cause = columns.get("cause")
-        if state in (JobState.WAITING, JobState.QUEUED) and cause is None:
-            return
-        ended = columns.get("ended_at")
+        if told and (state not in (JobState.WAITING, JobState.QUEUED) or columns.get("cause")):
+            self.tell(job, attempt, state, began, **columns)
+
+    def tell(
+        self, job: int, attempt: int, state: JobState, began: float | None = None, **columns: Any
+    ) -> None:
+        """Add to the history; see `note`."""
         self.history.append(
             Change(
                 self.rows[job].name,
                 state,
                 attempt,
-                cause,
+                columns.get("cause"),
                 columns.get("message"),
-                None if ended is None or began is None else ended - began,
+                None if began is None else columns["ended_at"] - began,
                 "reused_from" in columns,
             )
         )

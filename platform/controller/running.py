@@ -17,6 +17,9 @@ POLLS_PER_SECOND = 200
 GANG_SECONDS = 2.0
 """How long the ranks of a failing gang have to say why, before one is believed."""
 
+WAITED = "it waited behind a job that took long or ended its worker"
+"""Why an attempt ended that its worker had not begun: nothing happened to the job."""
+
 _TELLING = (
     Cause.OUT_OF_MEMORY,
     Cause.INFRASTRUCTURE,
@@ -51,6 +54,7 @@ class Running:
     failing: float | None = None
     progress: tuple[float, float, str] | None = None
     asked: bool = False  # to stop
+    waits: bool = False  # behind another attempt of its slot
 
     @property
     def key(self) -> Key:

@@ -9,6 +9,7 @@ import time
 
 from rich.console import Console
 
+from kvlab import KvlabError
 from kvlab.db.states import JobState
 from kvlab.platform.cli.live import View, draw, interruptible, line
 from kvlab.platform.controller.snapshot import Change, RunningJob, Snapshot
@@ -25,6 +26,8 @@ def test_a_change_is_one_line():
     assert text(line(done)).split() == ["done", "a[seed=0]", "1.2", "s"]
     again = Change("a", JobState.QUEUED, 2, "node_lost", "the worker process died", 3.0)
     assert "again  a  3.0 s  attempt 2  node_lost: the worker process died" in text(line(again))
+    stopped = Change("a", JobState.QUEUED, 1, "stopped", "Stopped", 46.2)
+    assert text(line(stopped)).split() == ["stopped", "a", "46.2", "s"]
     reused = Change("a", JobState.DONE, 0, None, None, None, reused=True)
     assert "reused" in text(line(reused))
 
@@ -56,6 +59,16 @@ def test_elsewhere_than_on_a_terminal_every_change_is_printed_once():
         pass
     lines = console.file.getvalue().splitlines()
     assert [one.split()[1] for one in lines] == [change.name for change in changes]
+
+
+def test_a_source_that_is_gone_ends_the_view_without_a_word(capsys):
+    def source(after):
+        raise KvlabError("the controller is gone")
+
+    with View(source, Console(file=io.StringIO())) as view:
+        view._thread.join(10.0)
+        assert not view._thread.is_alive()
+    assert capsys.readouterr().err == ""
 
 
 def test_an_interrupt_stops_and_handlers_come_back(capsys):

@@ -218,6 +218,30 @@ def test_jobs_are_taken_back_from_behind_one_that_is_long(run, cell):
         assert all(attempt.lost_seconds == 0 for attempt in job.attempts)
 
 
+def test_a_person_is_told_of_no_more_running_jobs_than_there_are_workers(
+    store, home, pool, submit, cell
+):
+    quick = [cell(f"quick{n}") for n in range(30)]
+    long = [cell(f"long{n}", sleep=1.5) for n in range(6)]
+    number = submit(*quick, *long)
+    controller = Controller(home, store, number, pool=pool)
+    assert controller.run().state is WorkflowState.DONE
+    given_back = [job for job in store.load(number).jobs if job.attempt > 1]
+    running = set()
+    for change in controller.snapshot().changes:
+        if change.state is JobState.RUNNING:
+            assert change.name not in running
+            running.add(change.name)
+            assert len(running) <= 4
+        else:
+            assert change.state is JobState.DONE, change
+            running.discard(change.name)
+            if change.name.startswith("long"):
+                assert 1.4 < change.seconds < 3.0
+    assert not running
+    assert given_back
+
+
 def test_jobs_behind_one_that_dies_are_not_charged(run, cell):
     cells = [cell(f"quick{n}") for n in range(30)]
     cells[20] = cell("dies", fail="exit")
