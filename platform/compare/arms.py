@@ -10,6 +10,7 @@ from kvlab.db.rows import JobRow
 from kvlab.db.states import TERMINAL, JobState
 from kvlab.platform.compare.labels import (
     FULL,
+    Parameter,
     arm_name,
     canonical,
     method_text,
@@ -91,7 +92,7 @@ def gather(jobs: Sequence[JobRow]) -> list[Draft]:
 
 def _draft(
     drafts: dict[tuple[str, str, str], Draft],
-    names: tuple[set[str], set[str]],
+    names: tuple[set[Parameter], set[Parameter]],
     model: JobRow,
     applied: Mapping[str, Any],
 ) -> Draft:
@@ -112,7 +113,7 @@ def _draft(
 
 def _names(
     jobs: Sequence[JobRow], measured: Sequence[tuple[JobRow, JobRow]]
-) -> tuple[set[str], set[str]]:
+) -> tuple[set[Parameter], set[Parameter]]:
     """Parameters worth naming: those that differ between models, and between uses of them."""
     trained = [row.spec["method"] for row in jobs if row.spec.get("method")]
     applied = [row.spec["apply"] for row, _ in measured if row.spec.get("apply")]

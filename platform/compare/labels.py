@@ -28,7 +28,11 @@ def arm_name(job: str, axes: Mapping[str, Any], apply: str) -> str:
     return f"{name} + {apply}" if apply else name
 
 
-def method_text(method: Canonical, varying: Iterable[str] = ()) -> str:
+Parameter = tuple[str, str]
+"""(name of a choice, name of one of its parameters)."""
+
+
+def method_text(method: Canonical, varying: Iterable[Parameter] = ()) -> str:
     """A canonical method in words: each choice with the parameters that are not its defaults.
 
     Args:
@@ -44,15 +48,15 @@ def method_text(method: Canonical, varying: Iterable[str] = ()) -> str:
     return " + ".join(parts)
 
 
-def varying_parameters(methods: Iterable[Canonical]) -> set[str]:
-    """Names of the parameters that do not have one value in all methods that have them."""
-    seen: dict[str, set[str]] = {}
+def varying_parameters(methods: Iterable[Canonical]) -> set[Parameter]:
+    """The parameters that do not have one value in all methods that make the same choice."""
+    seen: dict[Parameter, set[str]] = {}
     for method in methods:
         for choices in method.values():
-            for parameters in choices.values():
+            for name, parameters in choices.items():
                 for key, value in parameters.items():
-                    seen.setdefault(key, set()).add(canonical(value))
-    return {key for key, values in seen.items() if len(values) > 1}
+                    seen.setdefault((name, key), set()).add(canonical(value))
+    return {parameter for parameter, values in seen.items() if len(values) > 1}
 
 
 def plain(value: Any) -> str:
@@ -80,12 +84,12 @@ def listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _choice(name: str, parameters: Mapping[str, Any], varying: set[str]) -> str:
+def _choice(name: str, parameters: Mapping[str, Any], varying: set[Parameter]) -> str:
     defaults = _defaults(name)
     shown = {
         key: value
         for key, value in parameters.items()
-        if key in varying
+        if (name, key) in varying
         or key not in defaults
         or (value is not None and canonical(defaults[key]) != canonical(value))
     }

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kvlab.methods.axis import resolve
-from kvlab.platform.compare.labels import method_text
+from kvlab.platform.compare.labels import method_text, varying_parameters
 
 
 @pytest.mark.parametrize(
@@ -29,4 +29,11 @@ def test_a_method_in_words(written: Any, text: str) -> None:
 
 def test_what_varies_is_named_even_where_it_is_the_default() -> None:
     method = resolve("cross_layer").to_dict()
-    assert method_text(method, ["layout"]) == "cross_layer(layout=pizza_bottom)"
+    shown = method_text(method, [("cross_layer", "layout")])
+    assert shown == "cross_layer(layout=pizza_bottom)"
+
+
+def test_a_parameter_varies_among_equal_choices_alone() -> None:
+    written = [{"lckv": {"strict": True}}, {"cla": {}}, {"cla": {"group": 3}}]
+    methods = [resolve(one).to_dict() for one in written]
+    assert varying_parameters(methods) == {("cla", "group")}
