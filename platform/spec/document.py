@@ -71,9 +71,9 @@ def read_text(path: File) -> str:
             content = stream.read(LARGEST_FILE + 1)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise _refused(str(path), 1, f"cannot be read: {reason}") from None
+        raise _refused(str(path), None, f"cannot be read: {reason}") from None
     except ValueError:
-        raise _refused(str(path), 1, "cannot be read: no such file") from None
+        raise _refused(str(path), None, "cannot be read: no such file") from None
     if len(content) > LARGEST_FILE:
         raise _refused(
             str(path), 1, f"is larger than {LARGEST_FILE} bytes, the most a workflow may be"
@@ -104,9 +104,11 @@ def parse(text: str, file: str = "workflow") -> Document:
         for event in yaml.parse(text, Loader=_LOADER):
             builder.take(event)
     except yaml.YAMLError as error:
-        raise _refused(
-            file, _line_of(error, text), f"is not valid YAML: {_reason(error)}"
-        ) from None
+        line = _line_of(error, text)
+        tab = _tab(text, line)
+        if tab is not None:
+            raise _refused(file, tab, f"line {tab} is indented with a tab: use spaces") from None
+        raise _refused(file, line, f"is not valid YAML: {_reason(error)}") from None
     except UnicodeEncodeError as error:
         line = text.count("\n", 0, error.start) + 1
         raise _refused(file, line, "must be UTF-8, found half of a surrogate pair") from None
@@ -115,10 +117,11 @@ def parse(text: str, file: str = "workflow") -> Document:
 
 _NO_BREAKS = dict.fromkeys(map(ord, "\x85\u2028\u2029"), " ")
 _BREAK = re.compile(r"\r\n|\r|\n")
+_TAB = re.compile(r" *\t\s*[^\s#]")
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-def _refused(file: str, line: int, message: str) -> WorkflowError:
+def _refused(file: str, line: int | None, message: str) -> WorkflowError:
     return WorkflowError([Problem(file, line, "", message)])
 
 
@@ -127,6 +130,13 @@ def _line_of(error: yaml.YAMLError, text: str) -> int:
     if mark is not None:  # the end of a text without a last newline counts as one line more
         return min(int(mark.line) + 1, len(_BREAK.findall(text)) + 1)
     return text.count("\n", 0, getattr(error, "position", 0)) + 1
+
+
+def _tab(text: str, last: int) -> int | None:
+    """The first line up to line `last` whose indentation holds a tab."""
+    lines = _BREAK.split(text)[:last]
+    found = (n for n, line in enumerate(lines, 1) if _TAB.match(line))
+    return next(found, None)
 
 
 def _reason(error: yaml.YAMLError) -> str:

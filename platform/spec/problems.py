@@ -50,10 +50,14 @@ _KINDS = {"string_type": "text", "tuple_type": "a list"}
 
 @dataclass(frozen=True, slots=True, order=True)
 class Problem:
-    """One mistake. `line` counts from 1; `path` is the YAML path, empty for the file as a whole."""
+    """One mistake.
+
+    `line` counts from 1, and is None where there is no text to count in; `path` is the YAML path,
+    empty for the file as a whole.
+    """
 
     file: str
-    line: int
+    line: int | None
     path: str
     message: str
 
@@ -62,7 +66,8 @@ class Problem:
             self.path if len(self.path) <= LONGEST_PATH else self.path[: LONGEST_PATH - 3] + "..."
         )
         where = f"{path}: " if path else ""
-        text = one_line(f"{self.file}:{self.line}: {where}{self.message}")
+        line = "" if self.line is None else f":{self.line}"
+        text = one_line(f"{self.file}{line}: {where}{self.message}")
         return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
 
 
@@ -70,7 +75,7 @@ class WorkflowError(KvlabError):
     """A workflow that cannot be run as written; `problems` holds every mistake."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
-        self.problems = tuple(sorted(set(problems)))
+        self.problems = tuple(sorted(set(problems), key=lambda one: (one.line or 0, one)))
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
@@ -111,7 +116,16 @@ def from_pydantic(
         model: the model it was validated against, so that unknown keys can be told the known ones.
     """
     items = error.errors(include_url=False, include_input=False)
-    for item, path in _placed(items, raw):
+    placed = list(_placed(items, raw))
+    misspelt = {
+        (*path[:-1], close)
+        for item, path in placed
+        if item["type"] == "extra_forbidden" and path
+        if (close := _close(path[-1], known_keys(model, path[:-1])))
+    }
+    for item, path in placed:
+        if item["type"] == "missing" and path in misspelt:
+            continue  # it is there, under a name that another line corrects
         if item["type"] == "too_short" and _inside(item["loc"], items):
             continue  # its entries were dropped for mistakes of their own
         context = item.get("ctx", {})
@@ -120,14 +134,24 @@ def from_pydantic(
                 yield (*path, *below), _with_found(message, raw, (*path, *below))
             continue
         if item["type"] == "extra_forbidden":
-            known = known_keys(model, path[:-1])
-            yield path, f"unknown key: {suggest(path[-1] if path else '', known)}"
+            yield path, unknown_key(path[-1] if path else "", known_keys(model, path[:-1]))
             continue
         pattern = _MESSAGES.get(item["type"])
         message = pattern.format(**context) if pattern else _lower(item["msg"])
         if item["type"] == "literal_error":
             message += _nearest(lookup(raw, path), context["expected"])
         yield path, _with_found(message, raw, path)
+
+
+def unknown_key(key: object, known: Sequence[str]) -> str:
+    """Say what a wrong key should have been, or which keys there are where none is near."""
+    close = _close(key, known)
+    meant = f"did you mean '{close}'?" if close else suggest(key, known)
+    return f"unknown key: {meant}"
+
+
+def _close(key: object, known: Sequence[str]) -> str | None:
+    return next(iter(get_close_matches(str(key), known, n=1)), None)
 
 
 def _placed(items: Sequence[Any], raw: Any) -> Iterator[tuple[Mapping[str, Any], Path]]:

@@ -41,7 +41,8 @@ def shared_data(workflow: Workflow, folder: Path, contents: Contents) -> dict[st
         shared["tokenizer"] = _tokenizer(settings.tokenizer, workflow, folder, contents)
         shared["vocab_size"] = vocabulary.size(shared["tokenizer"])
     except KvlabError as error:
-        workflow.blame(("data", "tokenizer"), str(error))
+        if settings.tokenizer is not None or not _wrong_checkpoint(workflow, shared):
+            workflow.blame(("data", "tokenizer"), str(error))
     except OSError as error:
         workflow.blame(("data", "tokenizer"), f"cannot be read: {error}")
     return shared
@@ -60,6 +61,18 @@ def shared_model(workflow: Workflow, data: Mapping[str, Any]) -> Mapping[str, An
     except OSError as error:
         workflow.blame(("model",), f"cannot be read: {error}")
     return {}
+
+
+def _wrong_checkpoint(workflow: Workflow, data: Mapping[str, Any]) -> bool:
+    """Whether the model is refused for its checkpoint: that it has no tokenizer follows from it."""
+    model = workflow.top.get("model")
+    if model is None or getattr(model, "checkpoint", None) is None:
+        return False
+    try:
+        resolve_model(model, data)
+    except (KvlabError, OSError):
+        return True
+    return False
 
 
 def _located(message: str, raw: Any) -> Iterator[tuple[tuple[str, ...], str]]:

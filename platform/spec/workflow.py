@@ -10,9 +10,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from kvlab.platform.jobs import IMPLICIT, KINDS
-from kvlab.platform.jobs.field import Path, suggest
+from kvlab.platform.jobs.field import Path
 from kvlab.platform.spec.document import DEEPEST, Document
-from kvlab.platform.spec.problems import Problem, WorkflowError, from_pydantic, known_keys, shown
+from kvlab.platform.spec.problems import (
+    Problem,
+    WorkflowError,
+    from_pydantic,
+    known_keys,
+    shown,
+    unknown_key,
+)
 from kvlab.platform.spec.settings import (
     MOST_MATRIX_KEYS,
     NAME,
@@ -135,7 +142,7 @@ def _unknown(workflow: Workflow, path: Path, beside: Mapping[str, Any]) -> None:
     allowed = [*written_kinds(), *known_keys(JobSettings, ())]
     for key in beside:
         if key not in JobSettings.model_fields:
-            workflow.blame((*path, key), f"unknown key: {suggest(key, allowed)}")
+            workflow.blame((*path, key), unknown_key(key, allowed))
 
 
 def _common(workflow: Workflow, path: Path, beside: Mapping[str, Any]) -> JobSettings | None:

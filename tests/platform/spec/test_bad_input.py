@@ -25,6 +25,10 @@ TEXTS = {
     "empty": ("", "1: is empty"),
     "a list": ("- 1\n", "1: must be a mapping, found a list"),
     "broken": ("version: [1\n", "2: is not valid YAML: did not find expected ',' or ']'"),
+    "tab": (
+        "version: 1\njobs:\n  a:\n\ttrain: {}\n",
+        "4: line 4 is indented with a tab: use spaces",
+    ),
     "tag": (
         "version: !!python/object/apply:os.system [true]\n",
         "1: must not use tags, found tag:yaml.org,2002:python/object/apply:os.system",
@@ -124,7 +128,7 @@ def test_no_file(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert refused(tmp_path / path, capsys, monkeypatch) == f"1: cannot be read: {reason}"
+    assert refused(tmp_path / path, capsys, monkeypatch) == f" cannot be read: {reason}"
 
 
 def test_what_a_shell_sees(tmp_path: Path) -> None:

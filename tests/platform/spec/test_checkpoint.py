@@ -200,3 +200,20 @@ def test_a_folder_with_shared_keys_keeps_its_method(text: str, folder: Path) -> 
 def test_fresh_weights_need_tokens(text: str, folder: Path) -> None:
     with pytest.raises(WorkflowError, match="must be at least 1 for a model with fresh weights"):
         check(text.replace(f"checkpoint: {folder}", "preset: nano"))
+
+
+def test_a_wrong_folder_is_one_mistake(text: str, folder: Path) -> None:
+    own = text.replace("tokenizer: {bpe: 512}, ", "")
+    (folder / "config.json").unlink()
+    for workflow in (own, own.replace(str(folder), "/nowhere")):
+        with pytest.raises(WorkflowError) as error:
+            check(workflow)
+        (problem,) = error.value.problems
+        assert problem.path == "model.checkpoint"
+
+
+def test_a_sound_folder_without_a_tokenizer_is_told_so(text: str) -> None:
+    with pytest.raises(WorkflowError) as error:
+        check(text.replace("tokenizer: {bpe: 512}, ", ""))
+    (problem,) = error.value.problems
+    assert problem.path == "data.tokenizer"

@@ -194,7 +194,7 @@ def test_a_mistake_in_one_job_does_not_hide_one_in_another(jobs: Jobs) -> None:
                 "  child: {evaluate: {of: typo}}\n"
             )
         )
-    assert [problem.line for problem in error.value.problems] == [6, 6, 7, 8]
+    assert [problem.line for problem in error.value.problems] == [6, 7, 8]
 
 
 def test_values_that_look_alike_in_a_name_stay_apart() -> None:
