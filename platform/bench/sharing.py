@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def decode(
         tokens / middle(other),
         beside="full attention",
         # Not slower beyond the interval: its upper end reaches 1.
-        least_ratio=1.0 - max(0.0, found["high"] - middle(other) / middle(mine)),
+        least_ratio=hundredths(1.0 - max(0.0, found["high"] - middle(other) / middle(mine))),
         detail={"seconds": mine, "their_seconds": other, "paired_ratio": found},
     )
 
@@ -106,9 +107,14 @@ def early_exit(config: DecoderConfig, device: str, dtype: torch.dtype) -> Line:
         ROWS * LONG_PROMPT / middle(mine),
         ROWS * LONG_PROMPT / middle(other),
         beside="all rows through all layers",
-        least_ratio=(1 - WITHIN) * expected,
+        least_ratio=hundredths((1 - WITHIN) * expected),
         detail={"seconds": mine, "their_seconds": other, "predicted_flops": predicted},
     )
+
+
+def hundredths(target: float) -> float:
+    """The target as it is printed, rounded up."""
+    return math.ceil(target * 100) / 100
 
 
 def settle(like: Tensor) -> None:
