@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from kvlab.platform.graph import Resources
@@ -16,6 +17,10 @@ from kvlab.platform.planning.plan import Plan, Planned
 
 MOST_ROWS = 100
 """Points of matrices that are listed one by one; a larger plan is summed up by job."""
+
+WIDEST = 10_000
+NAMED = 3
+"""Jobs of unknown duration that are named; the rest is counted."""
 
 _COLUMNS = ("parameters", "FLOPs", "KV B/token", "time")
 
@@ -26,7 +31,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "name": plan.graph.name,
         "states": dict(Counter(planned.state for planned in plan.cells)),
         "assumed_flops_per_second": {"cpu_core": CORE_FLOPS, "gpu": GPU_FLOPS},
-        "seconds": _total(plan.cells),
+        "seconds": _total(_to_run(plan)),
         "jobs": [_cell(planned) for planned in plan.cells],
     }
 
@@ -71,13 +76,17 @@ def show(plan: Plan, console: Console) -> None:
         _sums("job", jobs, console)
     else:
         _sums("kind", _grouped(plan.cells, lambda planned: planned.cell.kind), console)
-    waiting = [planned for planned in plan.cells if planned.state != "reusable"]
+    waiting = _to_run(plan)
     console.print(
         f"{len(plan.cells)} jobs: {_states(plan.cells)}. "
         f"Job time to run, one after the other: {seconds(_total(waiting)) or '0 s'}."
     )
     for line in _bases(waiting):
-        console.print(line, style="dim")
+        console.print(escape(line), style="dim")
+
+
+def _to_run(plan: Plan) -> list[Planned]:
+    return [planned for planned in plan.cells if planned.state != "reusable"]
 
 
 def _grouped(cells: Iterable[Planned], key: Callable[[Planned], str]) -> dict[str, list[Planned]]:
@@ -105,13 +114,13 @@ def _points(groups: Mapping[str, Sequence[Planned]], console: Console) -> None:
         table.add_row(
             escape(name),
             cell.kind,
-            escape(" ".join([*above, *({_unseeded(need, seed): None for need in cell.needs})])),
+            escape("\n".join([*above, *({_unseeded(need, seed): None for need in cell.needs})])),
             ",".join(str(m.cell.axes["seed"]) for m in members if "seed" in m.cell.axes),
             escape(_states(members)),
             resources(cell.resources),
             *_numbers(members),
         )
-    console.print(table)
+    _print(table, console)
 
 
 def _states(members: Sequence[Planned]) -> str:
@@ -137,16 +146,23 @@ def _sums(what: str, groups: Mapping[str, Sequence[Planned]], console: Console) 
             shapes.pop() if len(shapes) == 1 else f"{len(shapes)} shapes",
             *_numbers(members),
         )
-    console.print(table)
+    _print(table, console)
 
 
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, no_wrap=column in ("job", "kind"), overflow="fold")
+        table.add_column(column, no_wrap=column in ("job", "kind", "builds on"), overflow="fold")
     for column in _COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
     return table
+
+
+def _print(table: Table, console: Console) -> None:
+    """Print a table; where it is too wide the terminal breaks its lines, and names stay whole."""
+    options = console.options.update(max_width=WIDEST)
+    console.width = max(console.width, Measurement.get(console, options, table).minimum)
+    console.print(table)
 
 
 def _numbers(members: Sequence[Planned]) -> tuple[str, ...]:
@@ -183,7 +199,10 @@ def _bases(members: Iterable[Planned]) -> list[str]:
         f"{quantity(GPU_FLOPS)}FLOP/s a GPU",
         None: "unknown: no such job has finished yet, and it has no FLOPs to count",
     }
-    return [f"time of {count}: {meaning[basis]}" for basis, count in used.items()]
+    unknown = list(dict.fromkeys(p.cell.name for p in members if p.duration is None))
+    more = f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else ""
+    named: dict[str | None, str] = {None: ", ".join(unknown[:NAMED]) + more}
+    return [f"time of {named.get(basis, count)}: {meaning[basis]}" for basis, count in used.items()]
 
 
 def resources(shape: Resources) -> str:

@@ -214,6 +214,35 @@ def test_a_partly_finished_line_says_so() -> None:
     assert "1 reusable, 1 stale (tokens 1 -> 10000)" in line
 
 
+def test_json_and_text_agree_on_the_seconds_to_run() -> None:
+    graph = load_graph(TEXT)
+    known = plan.Known(frozenset(cell.identity for cell in graph.cells[:3]))
+    made = plan.make(graph, known)
+    said = render.as_json(made)
+    waiting = [job for job in said["jobs"] if job["state"] != "reusable"]
+    assert said["seconds"] == pytest.approx(sum(job["seconds"] or 0.0 for job in waiting))
+    total = render.seconds(said["seconds"])
+    assert f"one after the other: {total}." in shown(TEXT, known)
+
+
+def test_a_job_of_unknown_duration_is_named() -> None:
+    assert "time of data: unknown" in shown(TEXT)
+    jobs = "".join(f"  n{n}: {{noop: {{}}}}\n" for n in range(5))
+    said = shown(f"version: 1\nname: n\njobs:\n{jobs}")
+    assert "time of n0[seed=0], n1[seed=0], n2[seed=0] and 2 more: unknown" in said
+
+
+@pytest.mark.parametrize("width", [60, 100, 200])
+def test_names_are_whole_at_any_width(width: int) -> None:
+    text = TEXT.replace("  block: {", "  block: {matrix: {uptrain.learning_rate: [1e-3, 2e-3]}, ")
+    graph = load_graph(text)
+    output = io.StringIO()
+    render.show(plan.make(graph, plan.Known()), Console(file=output, width=width))
+    said = output.getvalue()
+    for name in ("quality[learning_rate=0.001,of=block]", " block[learning_rate=0.002] "):
+        assert name in said
+
+
 def test_large_plans_are_summed_up() -> None:
     rates = ", ".join(str(n / 1000) for n in range(1, 121))
     many = TEXT.replace("  base: {", f"  base: {{matrix: {{train.learning_rate: [{rates}]}}, ")
