@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from kvlab.db.store import Store
+from kvlab.methods.decoder.config import PRESETS
 from kvlab.platform.bench import __main__ as command
-from kvlab.platform.bench import decode, dispatch, jobs, kv_bytes, metrics, training
+from kvlab.platform.bench import decode, dispatch, jobs, kv_bytes, metrics, sharing, training
 from kvlab.platform.bench.line import Line
 from kvlab.platform.controller.jobs import new_job
 from kvlab.platform.controller.local import local_ray
@@ -33,6 +34,10 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "SHAPES", ((8, 9),))
     monkeypatch.setattr(decode, "SETTINGS", {"cpu": ("micro", 2**20)})
     monkeypatch.setattr(decode, "REPEATS", 1)
+    monkeypatch.setattr(sharing, "SIZES", {**sharing.SIZES, **PRESETS["nano"], "layers": 12})
+    monkeypatch.setattr(sharing, "GENERATE", 2)
+    monkeypatch.setattr(sharing, "LONG_PROMPT", 32)
+    monkeypatch.setattr(sharing, "REPEATS", 2)
     monkeypatch.setattr(kv_bytes, "METHODS", kv_bytes.METHODS[1::2])
     monkeypatch.setattr(kv_bytes, "BATCH", 2)
     monkeypatch.setattr(kv_bytes, "PROMPT", 140)
@@ -74,6 +79,15 @@ def test_decode_compares_equal_bodies_within_one_budget() -> None:
 
 
 @pytest.mark.ray
+def test_shared_layers_are_compared_at_equal_work() -> None:
+    *decoded, early = sharing.run()
+    assert sound([*decoded, early])
+    assert len(decoded) == len(sharing.BOTTOM) * len(sharing.BATCHES)
+    assert early.detail is not None
+    exits, whole = early.detail["predicted_flops"]
+    assert whole / exits == pytest.approx(2, abs=0.4)  # half the layers see one row
+
+
 def test_jobs_are_all_told_of_in_the_store(tmp_path: Path) -> None:
     home = Home.find(tmp_path)
     with local_ray(1):
