@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvlab.platform.home import Home
 
 FOLLOW_SECONDS = 0.5
+NAMED = 3
 
 
 def command(
@@ -42,6 +43,8 @@ def command(
             for one in chosen:
                 _print(home, number, one, read, titled=len(chosen) > 1)
             if not follow or _over(status.row) or all(one.state in TERMINAL for one in chosen):
+                if not any(read.values()):
+                    print(_silent(chosen), file=sys.stderr)
                 return
             time.sleep(FOLLOW_SECONDS)
 
@@ -58,6 +61,16 @@ def _chosen(status: Status, job: str | None) -> list[JobStatus]:
         known = ", ".join(dict.fromkeys(one.job for one in status.jobs))
         raise KvlabError(f"workflow {status.row.id} has no job '{job}': it has {known}")
     return chosen
+
+
+def _silent(chosen: list[JobStatus]) -> str:
+    """Say why there is nothing to print."""
+    names = ", ".join(one.name for one in chosen[:NAMED])
+    more = f" and {len(chosen) - NAMED} more" if len(chosen) > NAMED else ""
+    if all(one.reused_from is not None for one in chosen):
+        return f"{names}{more} wrote nothing: done with the result of an earlier run"
+    begun = any(one.attempt for one in chosen)
+    return f"{names}{more} wrote nothing" + ("" if begun else ": not begun yet")
 
 
 def _print(home: Home, workflow: int, job: JobStatus, read: dict[Path, int], titled: bool) -> None:

@@ -107,6 +107,14 @@ class Slots:
         """Whether all nodes, empty, hold the shape."""
         return self._place(shape, dict(self._total)) is not None
 
+    def lacking(self, shape: Resources) -> str:
+        """Which key of `resources` no node can give even one worker, ".cpus"; "" for their sum."""
+        wanted = Room(shape.cpus, shape.gpus, shape.memory or 0.0)
+        for key in ("cpus", "gpus", "memory"):
+            if all(getattr(wanted, key) > getattr(room, key) for room in self._total.values()):
+                return f".{key}"
+        return ".workers" if shape.workers > 1 else ""
+
     def describe(self) -> str:
         """Say what the nodes have."""
         rooms = sorted(self._total.values(), key=lambda room: (room.gpus, room.cpus))
@@ -276,9 +284,11 @@ def check_fit(wanted: Iterable[tuple[str, Resources]], slots: Slots) -> None:
     known: set[Resources] = set()
     for name, shape in wanted:
         if shape not in known and not slots.could_fit(shape):
+            # A cell's name begins with that of its job, which holds no bracket.
+            where = f"jobs.{name.partition('[')[0]}.resources{slots.lacking(shape)}"
             raise KvlabError(
-                f"job '{name}' asks for {_asked(shape)}, and there is {slots.describe()}: "
-                "lower its `resources`, or take a larger machine or cluster"
+                f"{where}: job '{name}' asks for {_asked(shape)}, and there is "
+                f"{slots.describe()}: lower it, or take a larger machine or cluster"
             )
         known.add(shape)
 

@@ -23,6 +23,9 @@ from kvlab.platform.worker.message import Assignment, Report
 SETTLE_SECONDS = {Cause.STOPPED: 20.0, Cause.INFRASTRUCTURE: 5.0, Cause.OUT_OF_MEMORY: 5.0}
 """How long an attempt that may be continued waits for its last checkpoint to become visible."""
 
+SILENT = frozenset({"noop"})
+"""Kinds whose attempts log nothing of their own: thousands a second would each make a file."""
+
 log = logging.getLogger("kvlab.worker")
 
 
@@ -49,12 +52,18 @@ class Attempt:
         one = self.assignment
         if self._capture is not None:
             self._capture.begin(self._home.log(one.workflow, one.cell, one.attempt, one.rank))
+        spoken = one.kind not in SILENT
+        began = time.monotonic()
+        if spoken:
+            log.info("%s, attempt %d: %s begins", one.cell, one.attempt, one.kind)
         try:
             end = self._work()
         except BaseException as error:  # a job may raise SystemExit as well; it must not end us
             end = self._failed(error)
         finally:
             _leave_group()
+        if spoken:
+            log.info("%s after %.1f s", end["cause"], time.monotonic() - began)
         try:
             self._context.close()
             fault.point("spool.before_end")

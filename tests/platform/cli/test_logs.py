@@ -39,3 +39,23 @@ def test_following_ends(
 ) -> None:
     claimed(until, stopped)
     command("w", None, True)
+
+
+def test_that_nothing_was_written_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KVLAB_HOME", str(tmp_path))
+    with Store.open(f"sqlite:///{tmp_path}/kvlab.db") as store:
+        names = [f"base[seed={seed}]" for seed in range(5)]
+        jobs = [NewJob(name, "base", "noop", {}, {}, {}, (), name, {}) for name in names]
+        number = store.create_workflow("w", "", {}, jobs, 1.0)
+        lease = store.claim(number, "me", 60.0, 1.0)
+        with store.batch(lease, 2.0) as batch:
+            batch.start(store.load(number).jobs[0].id, "worker")
+    command("w", names[0])
+    assert capsys.readouterr() == ("", "base[seed=0] wrote nothing\n")
+    command("w", names[1])
+    assert capsys.readouterr() == ("", "base[seed=1] wrote nothing: not begun yet\n")
+    command("w", "base")
+    said = "base[seed=0], base[seed=1], base[seed=2] and 2 more wrote nothing\n"
+    assert capsys.readouterr() == ("", said)

@@ -114,10 +114,19 @@ def test_idle_workers_end_after_a_minute():
     assert len(slots) == 0
 
 
-@pytest.mark.parametrize("shape", [Resources(cpus=3), Resources(gpus=1), Resources(workers=3)])
-def test_what_never_fits_is_said_by_name(shape):
-    with pytest.raises(KvlabError, match=r"job 'big' asks for .* a node of 2 CPUs"):
-        check_fit([("small", ONE), ("big", shape)], Slots({"a": Room(2)}))
+@pytest.mark.parametrize(
+    ("shape", "key"),
+    [
+        (Resources(cpus=3), "cpus"),
+        (Resources(gpus=1), "gpus"),
+        (Resources(memory=1), "memory"),
+        (Resources(workers=3), "workers"),
+    ],
+)
+def test_what_never_fits_is_said_by_name_and_place(shape, key):
+    said = rf"^jobs\.big\.resources\.{key}: job 'big\[x=1\]' asks for .* a node of 2 CPUs"
+    with pytest.raises(KvlabError, match=said):
+        check_fit([("small", ONE), ("big[x=1]", shape)], Slots({"a": Room(2)}))
 
 
 def test_a_nodes_room_is_read_from_ray():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -144,17 +145,38 @@ def test_an_end_that_does_not_fit_on_the_disk_is_told_all_the_same(home):
     assert os.waitpid(pid, 0)[1] == 0
 
 
-def test_output_and_tracebacks_go_to_the_log(home):
+@pytest.fixture
+def logged(home):
+    """Run an attempt as a worker does; return its log, None without one."""
     streams = sys.stdout, sys.stderr
-    try:
-        capture = Capture.install()
-        spec = {**NOOP, "fail": "user"}
-        Attempt(Assignment(1, 1, 1, "a/b[c=1]", "noop", spec, "abc", {}), home, capture).run()
-    finally:
-        sys.stdout, sys.stderr = streams
-    log = home.log(1, "a/b[c=1]", 1)
-    assert log.parent == home.logs(1)
-    assert "Traceback" in log.read_text()
+
+    def run(kind, spec):
+        one = Assignment(1, 1, 1, "a/b[c=1]", kind, spec, "abc", {})
+        Attempt(one, home, Capture.install()).run()
+        log = home.log(1, "a/b[c=1]", 1)
+        assert log.parent == home.logs(1)
+        return log.read_text() if log.exists() else None
+
+    yield run
+    sys.stdout, sys.stderr = streams
+
+
+def test_output_and_tracebacks_go_to_the_log(logged):
+    assert "Traceback" in logged("noop", {**NOOP, "fail": "user"})
+
+
+def test_a_job_that_ran_has_a_log_that_says_how(logged, monkeypatch):
+    assert logged("noop", NOOP) is None  # a file for each would slow thousands down
+    monkeypatch.setattr("kvlab.platform.worker.attempt.SILENT", frozenset())
+    begin, end = logged("noop", NOOP).splitlines()
+    assert begin.endswith("a/b[c=1], attempt 1: noop begins")
+    assert re.search(r": done after \d+\.\d s$", end)
+
+
+def test_a_job_that_failed_says_so_last(logged):
+    first, *_, last = logged("train", {}).splitlines()
+    assert first.endswith("train begins")
+    assert re.search(r": user_error after \d+\.\d s$", last)
 
 
 @pytest.mark.parametrize(
