@@ -13,9 +13,12 @@ KEY := $(shell cat pyproject.toml $(LOCK) | sha256sum | cut -c1-16)
 READY := $(VENV)/.ready-$(KEY)
 BENCH_READY := $(VENV)/.ready-bench-$(KEY)
 
+ENTER := To type kvlab in this shell: . $(BIN)/activate (or write $(BIN)/kvlab)
+
 .PHONY: help setup demo test faults lint bench bench-gpu lock clean
 
 help:
+	@echo "make setup      set up $(VENV) with the kvlab command, and nothing else"
 	@echo "make demo       set up, train and compare the quickstart's models, write report.html"
 	@echo "make test       set up, run the tests (ARGS='-k decoder' is passed on)"
 	@echo "make faults     kill workers, controllers and drivers at 20 random instants each"
@@ -25,6 +28,7 @@ help:
 	@echo "make clean      remove .venv and caches; results in .kvlab stay"
 
 setup: $(READY)
+	@echo "$(ENTER)"
 
 $(READY): pyproject.toml $(LOCK)
 	@test -n "$(PYTHON)" || { echo "kvlab needs Python 3.11 or newer: install it, or make PYTHON=..."; exit 1; }
@@ -39,7 +43,8 @@ $(BENCH_READY): $(READY)
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/kvlab run workflows/quickstart.yaml
+	$(BIN)/kvlab run workflows/quickstart.yaml --html report.html
+	@echo "$(ENTER)"
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
