@@ -147,7 +147,7 @@ def test_neither_a_folder_nor_a_store(
     monkeypatch.delenv("KVLAB_DATABASE", raising=False)
     code, said = export("trained", tmp_path / "out")
     assert code == 2
-    assert said.startswith("'trained' is no folder, and there is no store at ")
+    assert said.startswith(f"'trained' is no folder, and {tmp_path / 'home'} holds no workflow yet")
     assert not list(tmp_path.iterdir())
 
 
