@@ -131,3 +131,13 @@ def test_what_mlflow_lacks_is_something_left(home: Home) -> None:
     number = done(home, mirrored=False)
     assert not before.nothing_left(home, number, mlflow=True)
     assert before.nothing_left(home, number, mlflow=False)
+
+
+def test_a_report_that_could_not_be_written_is_said_before_anything_runs(
+    home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert kvlab(monkeypatch, "run", "mine.yaml", "--html", "missing/report.html") == 2
+    assert "there is no folder missing: make it" in capsys.readouterr().err
+    with Store.open(home.url) as store:
+        assert store.workflows() == []
+    assert not Path("missing").exists()
