@@ -192,12 +192,18 @@ class Layer(nn.Module):
         self.mlp_norm = norm(config)
         self.mlp = FeedForward(config)
 
-    def forward(self, x: Tensor, step: Pass, onward: Onward = "all") -> Tensor:
-        """Map the residual stream [B, T, W] to the next layer's, of the rows that go on."""
+    def forward(
+        self, x: Tensor, step: Pass, onward: Onward = "all"
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Map the residual stream [B, T, W] to the next layer's, of the rows that go on.
+
+        Where none do, return the keys and values: FSDP2 gathers the weights again when it meets the
+        gradient of what a forward returned.
+        """
         if onward != "all":
             k, v = self.attention.keys_values(self.attention_norm(x), step)
             step.cache.write(self.layer, k, v, step.positions)
-            return x if onward == "none" else self._last(x[:, -1:], step)
+            return (k, v) if onward == "none" else self._last(x[:, -1:], step)
         if self.checkpointing and torch.is_grad_enabled():
             return self._recomputed(x, step)
         attended, key_mass = self.attention(self.attention_norm(x), step)

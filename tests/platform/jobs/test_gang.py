@@ -10,12 +10,16 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from kvlab.methods.axis import resolve
 from kvlab.platform.jobs.context import JobError, Stopped
 from kvlab.platform.jobs.local import LocalContext, run_cell
 from kvlab.platform.jobs.train.run import run
 from kvlab.platform.jobs.uptrain.run import run as uptrain
 
-SAME = ["ddp", "fsdp", "ddp-block", "fsdp-block", "ddp-uptrain", "fsdp-uptrain"]
+SAME = [
+    "ddp", "fsdp", "ddp-block", "fsdp-block", "ddp-uptrain", "fsdp-uptrain",
+    "ddp-upward", "fsdp-upward", "fsdp-upward-recomputed",
+]  # fmt: skip
 WORKER = Path(__file__).with_name("gang_worker.py")
 
 
@@ -36,6 +40,8 @@ def gang(data, base, train_spec, block, tmp_path_factory):
         "distill": {"weight": 0.5, "temperature": 2.0},
     }
     lora.pop("model")
+    sandwich = {"cross_layer": {"layout": "sandwich_top", "kv_layers": 1}}
+    upward = train_spec(method=resolve(sandwich).to_dict())
     specs = {
         "ddp": train_spec(),
         "fsdp": train_spec(parallel="fsdp"),
@@ -43,6 +49,9 @@ def gang(data, base, train_spec, block, tmp_path_factory):
         "fsdp-block": {**masked, "parallel": "fsdp"},
         "ddp-uptrain": lora,
         "fsdp-uptrain": {**lora, "parallel": "fsdp"},
+        "ddp-upward": upward,
+        "fsdp-upward": {**upward, "parallel": "fsdp"},
+        "fsdp-upward-recomputed": {**upward, "parallel": "fsdp", "gradient_checkpointing": True},
         "fsdp-stopped": train_spec(parallel="fsdp"),
         "fsdp-resumed": train_spec(parallel="fsdp"),
     }
