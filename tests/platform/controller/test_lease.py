@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -32,7 +34,8 @@ def workflow(store):
 
 def test_a_live_owner_is_not_pushed_aside(store, workflow):
     claim(store, workflow)
-    with pytest.raises(Held, match="is being run by"):
+    said = f"is being run by host {socket.gethostname()}, pid {os.getpid()}, whose lease"
+    with pytest.raises(Held, match=said):
         claim(store, workflow)
 
 
