@@ -62,8 +62,8 @@ class EphemeralCache(_Ruled):
 class GrowingCache(_Ruled):
     """Keeps every row, joined anew for each, so that gradients reach all of the past.
 
-    One row is given at a time. That makes a pass exactly what decoding is, and costs time and memory
-    with the square of the length: the measure that passes in parallel are held to.
+    One row is given at a time. That makes a pass exactly what decoding is, and costs time and
+    memory with the square of the length: the measure that passes in parallel are held to.
     """
 
     def __init__(self, policy: Policy | None = None) -> None:
