@@ -133,7 +133,7 @@ class Attention(nn.Module):
 
     def _heads(self, rows: Tensor) -> Tensor:
         """Turn [B, T, heads D] into [B, heads, T, D]."""
-        return torch.unflatten(rows, -1, (-1, self.head_dim)).transpose(1, 2)
+        return rows.view(*rows.shape[:2], -1, self.head_dim).transpose(1, 2)
 
     def _part(self, x: Tensor, rows: slice) -> Tensor:
         if type(self.qkv) is not nn.Linear:  # an adapter in its place: the weight is not all of it

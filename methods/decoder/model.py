@@ -89,16 +89,17 @@ class Decoder(nn.Module):
             positions = torch.cat((positions, extra.positions), dim=1)
             exit_early = False  # the last row is not the caller's
         step = self._pass(hidden, positions, cache)
+        layers = list(self.layers)  # a ModuleList takes its time to find one by number
         for segment in self._segments:
             if segment.cyclic:
                 hidden = self._cycle(segment, hidden, step, passes)
                 continue
             for i in range(segment.start, segment.stop):
                 if exit_early and i == self._exit:
-                    hidden = self.layers[i](hidden, step, "last")
+                    hidden = layers[i](hidden, step, "last")
                     step = step.last_row(hidden)
                 else:
-                    hidden = self.layers[i](hidden, step)
+                    hidden = layers[i](hidden, step)
         cache.finish()
         normed: Tensor = self.norm(hidden if extra is None else hidden[:, :rows])
         return normed
