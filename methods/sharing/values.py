@@ -77,7 +77,6 @@ ENTRIES = (
         params=OwnParams,
         default=True,
         convertible=convertible,
-        sources=("kvlab.methods.sharing.convert",),
     ),
     _sharing(
         "cross_layer",

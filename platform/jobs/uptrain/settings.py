@@ -94,6 +94,7 @@ class Uptrain(Kind):
     def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
         return (
             "kvlab.platform.jobs.uptrain",
+            "kvlab.methods.sharing.convert",
             *TRAINING_SOURCES,
             *MODEL_SOURCES,
             *axis_sources(method_of(spec["method"])),

@@ -155,6 +155,7 @@ def test_moving_code_between_files_counts(package: Path, digest: Callable[[], st
 CHOSEN = "a list of what there is: what is chosen is hashed with its value"
 HARMLESS = {
     "kvlab.methods.catalog": CHOSEN,
+    "kvlab.methods.sharing.convert": "runs where a model is converted, and is hashed there",
     "kvlab.methods.sharing.values": CHOSEN,
     "kvlab.methods.sharing.layouts": CHOSEN,
     "kvlab.methods.sharing.layer_types": CHOSEN,
@@ -210,6 +211,17 @@ def test_what_reads_checkpoints_people_have_is_hashed_where_one_is_read() -> Non
     assert reader in sources
     assert unhashed(sources, [reader], []) <= HARMLESS.keys()
     assert reader not in KINDS["train"].sources({"model": {"config": {}}, "method": {}})
+
+
+@pytest.mark.parametrize("kind", ["train", "uptrain", "evaluate", "benchmark"])
+def test_sharing_counts_where_it_is_chosen_and_its_conversion_where_one_runs(kind: str) -> None:
+    plain = {"model": {"config": {}}, "method": {}, "apply": {}}
+    shared = {**plain, "method": {"sharing": {"cla": {}}}}
+    found = {source for source in KINDS[kind].sources(plain) if "sharing" in source}
+    assert ("kvlab.methods.sharing.convert" in found) == (kind == "uptrain")
+    assert "kvlab.methods.sharing" not in found
+    if kind in ("train", "uptrain"):
+        assert "kvlab.methods.sharing" in KINDS[kind].sources(shared)
 
 
 def cell(good: str, job: str) -> Cell:
