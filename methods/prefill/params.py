@@ -41,6 +41,8 @@ def prefill_of(method: Method | None) -> Prefill:
 
 def check(params: Prefill, config: DecoderConfig | None) -> Iterator[str]:
     """Yield what makes these params impossible, for the decoder whose past it is."""
+    if params == Prefill():
+        yield "says nothing without early_exit or passes: leave it out"
     if params.early_exit and config is not None and exit_layer(config) is None:
         last = max(config.kv_of)
         yield (
