@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from kvlab import KvlabError
-from kvlab.methods.axis import from_dict
 from kvlab.methods.build import build
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.model import LanguageModel
+from kvlab.methods.registry import from_dict
 from kvlab.methods.weights import fill, read_tensors, without_weights, write_tensors
 
 WEIGHTS = "model.safetensors"

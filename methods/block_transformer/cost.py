@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvlab.methods.axis import Method, resolve
+from kvlab.methods.axis import Method
 from kvlab.methods.block_transformer.params import BlockTransformerParams
 from kvlab.methods.block_transformer.sizes import sizes
 from kvlab.methods.cost import Cost
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.cost import DecoderCost, causal_pairs
+from kvlab.methods.registry import resolve
 
 
 class BlockCost(Cost):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from kvlab import KvlabError
-from kvlab.methods.axis import resolve
 from kvlab.methods.block_transformer.model import BlockTransformer
 from kvlab.methods.decoder.config import DecoderConfig, gpt_neox
+from kvlab.methods.registry import resolve
 
 UNUSED = re.compile(
     r"block_decoder\.gpt_neox\.embed_in\.weight"  # made by the base class, never read (fact 1.3)

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from kvlab import KvlabError
-from kvlab.methods.axis import Method, refuse_unread, resolve
+from kvlab.methods.axis import Method
 from kvlab.methods.cache.interface import Cache
 from kvlab.methods.cache.storage import PlainStorage, Space, Storage
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.prefill.params import prefill_of
+from kvlab.methods.registry import refuse_unread, resolve
 
 
 @dataclass(frozen=True, slots=True)

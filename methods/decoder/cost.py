@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
-from kvlab.methods.axis import Choice, Method, refuse_unread
+from kvlab.methods.axis import Choice, Method
 from kvlab.methods.cost import Cost
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.segments import exit_layer, passes_of, runs_by_row, segments
 from kvlab.methods.prefill.params import prefill_of
+from kvlab.methods.registry import refuse_unread
 
 Windows = Sequence[int | None]
 """Of each layer; None: it reads all."""

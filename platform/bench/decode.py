@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from kvlab.methods.axis import Method, resolve
+from kvlab.methods.axis import Method
 from kvlab.methods.build import build
 from kvlab.methods.cost import cost_of
 from kvlab.methods.decoder.config import PRESETS, DecoderConfig
+from kvlab.methods.registry import resolve
 from kvlab.methods.store import save
 from kvlab.platform.bench.line import Line
 from kvlab.platform.jobs.benchmark.median import summarise

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from kvlab.methods.axis import resolve
 from kvlab.methods.build import build
 from kvlab.methods.cost import cost_of
 from kvlab.methods.decoder.config import PRESETS, DecoderConfig
+from kvlab.methods.registry import resolve
 from kvlab.platform.bench.line import Line
 
 VOCABULARY = 2048

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvlab.methods.axis import Method, resolve
+from kvlab.methods.axis import Method
 from kvlab.methods.build import build
 from kvlab.methods.cost import cost_of
 from kvlab.methods.decoder.config import DecoderConfig, llama
 from kvlab.methods.model import LanguageModel, Session
+from kvlab.methods.registry import resolve
 from kvlab.platform.bench.line import Line, interleaved, middle
 from kvlab.platform.jobs.benchmark.median import summarise
 

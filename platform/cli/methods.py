@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from kvlab.methods.axis import AXES, REGISTRY, TRAIN_TIME, Preset, Value
+from kvlab.methods.axis import AXES, TRAIN_TIME, Preset, Value
+from kvlab.methods.registry import REGISTRY
 from kvlab.platform.jobs.method import params_model
 
 

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 from kvlab import KvlabError
-from kvlab.methods.axis import REGISTRY, Value
+from kvlab.methods.axis import Value
+from kvlab.methods.registry import REGISTRY
 
 Canonical = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """`Method.to_dict()`: {axis: {name: {parameter: value}}}; empty is full attention."""

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvlab import KvlabError
-from kvlab.methods.axis import MethodError, from_dict
+from kvlab.methods.axis import MethodError
 from kvlab.methods.decoder.config import DecoderConfig
+from kvlab.methods.registry import from_dict
 
 if TYPE_CHECKING:
     from kvlab.methods.decoder.huggingface.description import Description

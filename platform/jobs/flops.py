@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from kvlab.methods.axis import from_dict
 from kvlab.methods.cost import Cost, cost_of
 from kvlab.methods.decoder.config import DecoderConfig
+from kvlab.methods.registry import from_dict
 
 Canonical = Mapping[str, Any]
 """`Method.to_dict()`."""

@@ -12,18 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic_core import core_schema
 
 from kvlab import KvlabError
-from kvlab.methods.axis import (
-    AXES,
-    REGISTRY,
-    TRAIN_TIME,
-    AxisName,
-    Method,
-    Preset,
-    Range,
-    Value,
-    resolve,
-)
+from kvlab.methods.axis import AXES, TRAIN_TIME, AxisName, Method, Preset, Range, Value
 from kvlab.methods.decoder.config import DecoderConfig
+from kvlab.methods.registry import REGISTRY, resolve
 from kvlab.platform.jobs.field import Path, nested, suggest, wrong
 
 When = Literal["train", "run"]

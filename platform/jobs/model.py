@@ -13,8 +13,9 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 from pydantic import Field, create_model
 
 from kvlab import KvlabError
-from kvlab.methods.axis import Method, from_dict
+from kvlab.methods.axis import Method
 from kvlab.methods.decoder.config import PRESETS, DecoderConfig
+from kvlab.methods.registry import from_dict
 from kvlab.platform.jobs.field import suggest
 from kvlab.platform.jobs.kind import Parent, Settings
 
@@ -37,6 +38,7 @@ MODEL_SOURCES = (
     "kvlab.methods.decoder.token",
     "kvlab.methods.model",
     "kvlab.methods.packing",
+    "kvlab.methods.registry",
     "kvlab.methods.store",
     "kvlab.methods.weights",
     "kvlab.platform.jobs.environment",

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvlab.methods.axis import resolve
 from kvlab.methods.decoder.config import DecoderConfig, RopeScaling, gpt_neox, llama
 from kvlab.methods.decoder.language_model import TokenModel
+from kvlab.methods.registry import resolve
 
 VOCABULARY = 53
 

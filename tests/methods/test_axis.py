@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from kvlab.methods.axis import AXES, REGISTRY, MethodError, Value, from_dict, resolve
+from kvlab.methods.axis import AXES, MethodError, Value
+from kvlab.methods.registry import REGISTRY, from_dict, resolve
 
 WRITTEN: list[Any] = [
     "full_attention",
@@ -84,7 +85,7 @@ def test_a_name_is_taken_once() -> None:
 def test_names_params_and_costs_need_no_torch() -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from kvlab.methods.axis import resolve\n"
+        "from kvlab.methods.registry import resolve\n"
         "from kvlab.methods.cost import cost_of\n"
         "from kvlab.methods.decoder.config import PRESETS, DecoderConfig\n"
         "config = DecoderConfig(vocab_size=2048, **PRESETS['nano'])\n"

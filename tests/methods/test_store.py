@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from kvlab import KvlabError
-from kvlab.methods.axis import resolve
 from kvlab.methods.build import build
 from kvlab.methods.decoder.language_model import TokenModel
+from kvlab.methods.registry import resolve
 from kvlab.methods.store import load, save
 from kvlab.methods.weights import read_tensors, write_tensors
 

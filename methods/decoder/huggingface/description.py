@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kvlab.methods.axis import Method, MethodError, resolve
+from kvlab.methods.axis import Method, MethodError
 from kvlab.methods.decoder.config import ConfigError, DecoderConfig
 from kvlab.methods.decoder.huggingface.families import FAMILIES
 from kvlab.methods.decoder.huggingface.family import Family
 from kvlab.methods.decoder.huggingface.settings import CheckpointError, Settings
+from kvlab.methods.registry import resolve
 from kvlab.methods.sharing.layer_types import write_layer_types
 
 CONFIG = "config.json"

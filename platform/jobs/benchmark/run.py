@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from kvlab.methods.axis import TRAIN_TIME, Method, from_dict
+from kvlab.methods.axis import TRAIN_TIME, Method
 from kvlab.methods.cost import Cost, cost_of
 from kvlab.methods.model import LanguageModel
+from kvlab.methods.registry import from_dict
 from kvlab.methods.store import load as load_model
 from kvlab.platform.jobs import environment, memory
 from kvlab.platform.jobs.benchmark import load

@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from kvlab.methods.axis import Method, resolve
+from kvlab.methods.axis import Method
+from kvlab.methods.registry import resolve
 from kvlab.platform.graph import Resources
 from kvlab.platform.jobs.dtype import Dtype, dtype_of
 from kvlab.platform.jobs.field import nested

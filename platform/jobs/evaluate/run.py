@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvlab.methods.axis import Method, from_dict
+from kvlab.methods.axis import Method
 from kvlab.methods.cache.opening import scores_in_one_pass
 from kvlab.methods.model import LanguageModel
+from kvlab.methods.registry import from_dict
 from kvlab.methods.store import load
 from kvlab.platform.data import corpus
 from kvlab.platform.jobs import environment

@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from kvlab.methods.axis import Method, resolve
+from kvlab.methods.axis import Method
+from kvlab.methods.registry import resolve
 from kvlab.platform.jobs.dtype import Dtype, dtype_of
 from kvlab.platform.jobs.kind import Kind, Parent, Prediction, References, Settings, Surroundings
 from kvlab.platform.jobs.method import MethodField, axis_sources, canonical, compatible

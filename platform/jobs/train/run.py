@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from kvlab.methods.axis import from_dict
 from kvlab.methods.build import build, convert
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.model import LanguageModel
+from kvlab.methods.registry import from_dict
 from kvlab.methods.store import load, save
 from kvlab.platform.jobs import environment
 from kvlab.platform.jobs.context import Context

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from kvlab.methods.axis import from_dict
 from kvlab.methods.build import convert
 from kvlab.methods.model import LanguageModel
+from kvlab.methods.registry import from_dict
 from kvlab.methods.store import load
 from kvlab.platform.jobs import environment
 from kvlab.platform.jobs.context import Context, JobError

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kvlab.methods.axis import resolve
 from kvlab.methods.block_transformer.model import BlockTransformer
 from kvlab.methods.decoder.config import DecoderConfig, gpt_neox, llama
+from kvlab.methods.registry import resolve
 
 VOCABULARY = 61
 SHARP = {"vocab_size": VOCABULARY, "init_std": 0.3}  # logits far apart, so that argmax is stable

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from kvlab import KvlabError
-from kvlab.methods.axis import resolve
 from kvlab.methods.block_transformer.model import BlockTransformer
 from kvlab.methods.build import build, convert
 from kvlab.methods.cost import cost_of
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.language_model import TokenModel
+from kvlab.methods.registry import resolve
 
 
 @pytest.fixture

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from kvlab.methods.axis import Method, resolve
+from kvlab.methods.axis import Method
 from kvlab.methods.block_transformer.cost import BlockCost
 from kvlab.methods.build import build
 from kvlab.methods.cost import cost_of
 from kvlab.methods.decoder.config import DecoderConfig, gpt_neox, llama
+from kvlab.methods.registry import resolve
 
 KINDS = list(
     itertools.product(

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kvlab.methods.axis import resolve
 from kvlab.methods.block_transformer.convert import convert
 from kvlab.methods.block_transformer.model import BlockTransformer
 from kvlab.methods.block_transformer.packing import frame
@@ -19,6 +18,7 @@ from kvlab.methods.decoder.config import DecoderConfig, gpt_neox
 from kvlab.methods.decoder.generation import generate
 from kvlab.methods.decoder.language_model import TokenModel
 from kvlab.methods.packing import Rows
+from kvlab.methods.registry import resolve
 
 FOLDERS = [Path(__file__).parents[2] / "golden/block_transformer"]
 if "KVLAB_GOLDEN" in os.environ:

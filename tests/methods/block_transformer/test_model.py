@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvlab.methods.axis import resolve
 from kvlab.methods.block_transformer.model import BlockTransformer, block_positions
 from kvlab.methods.build import build
 from kvlab.methods.decoder.config import DecoderConfig
+from kvlab.methods.registry import resolve
 from kvlab.methods.store import load
 
 Make = Callable[..., BlockTransformer]

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from kvlab.methods.axis import resolve
 from kvlab.methods.block_transformer.packing import BlockPacker, frame
 from kvlab.methods.packing import Documents, PackingError
+from kvlab.methods.registry import resolve
 
 EOS = 5
 

@@ -5,10 +5,11 @@ import sys
 
 import pytest
 
-from kvlab.methods.axis import REGISTRY, MethodError, Value, resolve
+from kvlab.methods.axis import MethodError, Value
 from kvlab.methods.block_transformer.params import BlockTransformerParams, check, uptrained
 from kvlab.methods.block_transformer.sizes import origins, sizes
 from kvlab.methods.decoder.config import DecoderConfig, llama
+from kvlab.methods.registry import REGISTRY, resolve
 
 CONFIG = DecoderConfig(vocab_size=61, **llama(48, 6, 6, 2, 96))
 
@@ -100,7 +101,7 @@ def test_params_and_cost_need_no_torch() -> None:
     program = (
         "import sys; sys.modules['torch'] = None\n"
         "import kvlab.methods.block_transformer.cost\n"
-        "from kvlab.methods.axis import resolve\n"
+        "from kvlab.methods.registry import resolve\n"
         "resolve('block_transformer')\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

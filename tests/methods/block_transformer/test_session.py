@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvlab.methods.axis import resolve
 from kvlab.methods.block_transformer.model import BlockTransformer
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.generation import generate, left_pad
+from kvlab.methods.registry import resolve
 
 Make = Callable[..., BlockTransformer]
 EMBEDDERS = ["lookup", "projection", "encoder", "cls"]

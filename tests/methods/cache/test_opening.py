@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvlab.methods.axis import REGISTRY, AxisName, Choice, Method, MethodError, Value, resolve
+from kvlab.methods.axis import AxisName, Choice, Method, MethodError, Value
 from kvlab.methods.cache.interface import Cache
 from kvlab.methods.cache.opening import Eviction, Opening, one_pass_cache, scores_in_one_pass
 from kvlab.methods.cache.storage import PlainStorage, Space
 from kvlab.methods.cost import cost_of
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.language_model import TokenModel
+from kvlab.methods.registry import REGISTRY, resolve
 
 
 @dataclass(frozen=True, slots=True)

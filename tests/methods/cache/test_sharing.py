@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvlab.methods.axis import resolve
 from kvlab.methods.cache.ephemeral import EphemeralCache
 from kvlab.methods.cache.interface import Cache
 from kvlab.methods.cache.opening import one_pass_cache, open_cache
 from kvlab.methods.decoder.config import DecoderConfig, Sharing
 from kvlab.methods.decoder.language_model import TokenModel
 from kvlab.methods.decoder.model import Decoder
+from kvlab.methods.registry import resolve
 
 KV_OF = (0, 0, 2, 0)
 """Layer 3 reads an early KV layer after a later one was written."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvlab import KvlabError
 from kvlab.kernels.attention import Rule
-from kvlab.methods.axis import Method, resolve
+from kvlab.methods.axis import Method
 from kvlab.methods.cache.opening import Opening, open_cache
 from kvlab.methods.cache.policy import Policy
 from kvlab.methods.cache.slots import SlotCache
@@ -18,6 +18,7 @@ from kvlab.methods.cache.storage import PlainStorage
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.language_model import TokenModel, positions_of
 from kvlab.methods.decoder.model import Decoder
+from kvlab.methods.registry import resolve
 
 FULL = resolve("full_attention")
 WINDOW = resolve({"sliding_window": {"window": 4}})

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from kvlab.methods.axis import resolve
 from kvlab.methods.cost import Cost, cost_of
 from kvlab.methods.decoder.config import PRESETS, DecoderConfig
 from kvlab.methods.decoder.cost import DecoderCost, causal_pairs
 from kvlab.methods.decoder.language_model import TokenModel
 from kvlab.methods.decoder.model import Decoder
+from kvlab.methods.registry import resolve
 
 FULL = resolve("full_attention")
 WINDOW = resolve({"sliding_window": {"window": 5}})

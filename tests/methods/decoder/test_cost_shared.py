@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from kvlab.methods.axis import Method, resolve
+from kvlab.methods.axis import Method
 from kvlab.methods.cost import cost_of
 from kvlab.methods.decoder.config import DecoderConfig, Sharing, gpt_neox, llama
 from kvlab.methods.decoder.language_model import TokenModel
+from kvlab.methods.registry import resolve
 
 FULL = resolve("full_attention")
 MASKED = 0.02

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kvlab.methods.axis import resolve
 from kvlab.methods.decoder.generation import GenerationError, generate, pick
 from kvlab.methods.decoder.language_model import TokenModel
+from kvlab.methods.registry import resolve
 
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7], [2, 6]]
 

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvlab import KvlabError
-from kvlab.methods.axis import resolve
 from kvlab.methods.build import build, convert
 from kvlab.methods.decoder.config import PRESETS, ConfigError, DecoderConfig
 from kvlab.methods.decoder.language_model import TokenModel
 from kvlab.methods.decoder.model import Decoder
+from kvlab.methods.registry import resolve
 
 
 def test_scores_are_cross_entropy(model: TokenModel, ids: Callable[..., Tensor]) -> None:

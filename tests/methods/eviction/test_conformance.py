@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvlab.methods.axis import REGISTRY, Method, Range, Value, resolve
+from kvlab.methods.axis import Method, Range, Value
 from kvlab.methods.cost import cost_of
 from kvlab.methods.decoder.generation import generate
 from kvlab.methods.decoder.language_model import TokenModel
+from kvlab.methods.registry import REGISTRY, resolve
 
 EVICTIONS = REGISTRY.values("eviction")
 

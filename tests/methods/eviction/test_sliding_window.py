@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvlab.methods.axis import MethodError, resolve
+from kvlab.methods.axis import MethodError
 from kvlab.methods.decoder.language_model import TokenModel
+from kvlab.methods.registry import resolve
 
 
 def test_a_model_with_that_window_agrees(

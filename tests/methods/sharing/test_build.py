@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvlab.methods.axis import resolve
 from kvlab.methods.block_transformer.model import BlockTransformer
 from kvlab.methods.build import build
 from kvlab.methods.decoder.config import DecoderConfig, Sharing, gpt_neox, llama
 from kvlab.methods.decoder.generation import generate
+from kvlab.methods.registry import resolve
 
 Ids = Callable[..., Tensor]
 

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kvlab import KvlabError
-from kvlab.methods.axis import resolve
 from kvlab.methods.block_transformer.model import BlockTransformer
 from kvlab.methods.build import build, convert
 from kvlab.methods.decoder.language_model import TokenModel
 from kvlab.methods.decoder.layers import Attention
+from kvlab.methods.registry import resolve
 from kvlab.methods.sharing.layouts import LAYOUTS
 from kvlab.methods.store import load
 

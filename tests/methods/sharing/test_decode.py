@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kvlab.kernels.attention import EMPTY
-from kvlab.methods.axis import resolve
 from kvlab.methods.cache.interface import Cache, Extra, Keys, Step
 from kvlab.methods.cache.opening import open_cache
 from kvlab.methods.decoder.generation import generate, left_pad
 from kvlab.methods.decoder.language_model import TokenModel, positions_of
 from kvlab.methods.decoder.model import Decoder
+from kvlab.methods.registry import resolve
 
 KvOf = tuple[int, ...]
 Make = Callable[..., TokenModel]

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kvlab.methods.axis import resolve
 from kvlab.methods.build import build
 from kvlab.methods.cache.interface import Step
 from kvlab.methods.cache.opening import open_cache
@@ -21,6 +20,7 @@ from kvlab.methods.decoder.config import DecoderConfig, Sharing, llama
 from kvlab.methods.decoder.generation import generate
 from kvlab.methods.decoder.language_model import TokenModel
 from kvlab.methods.model import LanguageModel
+from kvlab.methods.registry import resolve
 
 FOLDERS = [Path(__file__).parents[2] / "golden/cross_layer"]
 if "KVLAB_GOLDEN" in os.environ:

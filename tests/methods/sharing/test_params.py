@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from kvlab.methods.axis import REGISTRY, MethodError, from_dict, resolve
+from kvlab.methods.axis import MethodError
 from kvlab.methods.decoder.config import DecoderConfig, llama
 from kvlab.methods.prefill.params import AutomaticPrefill, Prefill, prefill_of
+from kvlab.methods.registry import REGISTRY, from_dict, resolve
 from kvlab.methods.sharing.layer_types import write_layer_types
 from kvlab.methods.sharing.params import CrossLayerParams
 

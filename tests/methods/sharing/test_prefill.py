@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from kvlab import KvlabError
-from kvlab.methods.axis import resolve
 from kvlab.methods.decoder.generation import left_pad
 from kvlab.methods.decoder.language_model import TokenModel
+from kvlab.methods.registry import resolve
 
 KvOf = tuple[int, ...]
 Make = Callable[..., TokenModel]

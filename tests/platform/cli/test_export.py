@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from kvlab.db.rows import NewJob
 from kvlab.db.states import Cause, JobState
 from kvlab.db.store import Store
-from kvlab.methods.axis import resolve
 from kvlab.methods.build import build
 from kvlab.methods.decoder.config import DecoderConfig, llama
+from kvlab.methods.registry import resolve
 from kvlab.methods.store import save
 from kvlab.platform.cli.main import main
 

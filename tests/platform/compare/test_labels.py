@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kvlab.methods.axis import resolve
+from kvlab.methods.registry import resolve
 from kvlab.platform.compare.labels import method_text, varying_parameters
 
 

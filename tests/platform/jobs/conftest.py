@@ -57,7 +57,7 @@ def base(data, train_spec, tmp_path_factory):
 
 def block(length, **params):
     """The canonical form of a Block Transformer method."""
-    from kvlab.methods.axis import resolve
+    from kvlab.methods.registry import resolve
 
     return resolve({"block_transformer": {"block_length": length, **params}}).to_dict()
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from kvlab.methods.axis import resolve
 from kvlab.methods.cost import cost_of
 from kvlab.methods.decoder.config import DecoderConfig, llama
+from kvlab.methods.registry import resolve
 from kvlab.platform.jobs.cost import generating, scoring, training
 
 CONFIG = DecoderConfig(vocab_size=64, **llama(32, 6, 4, 2, 88))

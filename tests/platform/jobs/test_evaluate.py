@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kvlab.methods.axis import from_dict
 from kvlab.methods.build import build
+from kvlab.methods.registry import from_dict
 from kvlab.methods.store import load, save
 from kvlab.platform.data import corpus
 from kvlab.platform.data.corpus import Corpus

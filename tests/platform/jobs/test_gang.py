@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from kvlab.methods.axis import resolve
+from kvlab.methods.registry import resolve
 from kvlab.platform.jobs.context import JobError, Stopped
 from kvlab.platform.jobs.local import LocalContext, run_cell
 from kvlab.platform.jobs.train.run import run
@@ -131,9 +131,9 @@ def test_a_checkpoint_of_one_process_goes_on_sharded(gang, data, tmp_path):
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(data, train_spec, tmp_path):
-    from kvlab.methods.axis import from_dict
     from kvlab.methods.build import build
     from kvlab.methods.decoder.config import DecoderConfig
+    from kvlab.methods.registry import from_dict
     from kvlab.platform.jobs.training.gang import Gang
     from kvlab.platform.jobs.training.loop import Training, rows_of
     from kvlab.platform.jobs.training.objective import Objective

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvlab.db.states import Cause
-from kvlab.methods.axis import resolve
 from kvlab.methods.build import build
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.huggingface.writer import write_checkpoint
+from kvlab.methods.registry import resolve
 from kvlab.methods.store import load, save
 from kvlab.platform.jobs.checkpoint import trained_method
 from kvlab.platform.jobs.context import Diverged, JobError, Stopped

@@ -5,9 +5,9 @@ from itertools import combinations
 import pytest
 import torch
 
-from kvlab.methods.axis import from_dict, resolve
 from kvlab.methods.build import build, convert
 from kvlab.methods.decoder.config import DecoderConfig
+from kvlab.methods.registry import from_dict, resolve
 from kvlab.methods.store import load
 from kvlab.platform.jobs.context import JobError, Stopped
 from kvlab.platform.jobs.local import LocalContext, run_cell

@@ -168,7 +168,7 @@ import importlib, json, sys
 for module in {modules!r}:
     importlib.import_module(module)
 for canonical in {methods!r}:
-    from kvlab.methods.axis import from_dict
+    from kvlab.methods.registry import from_dict
     for choice in from_dict(canonical).choices.values():
         choice.value.implementation and choice.value.load()
 print(json.dumps([name for name, module in sys.modules.items()

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from kvlab import KvlabError
-from kvlab.methods.axis import resolve
 from kvlab.methods.build import build
 from kvlab.methods.decoder.config import DecoderConfig, gpt_neox, llama
 from kvlab.methods.decoder.generation import generate
 from kvlab.methods.decoder.huggingface.settings import CheckpointError
 from kvlab.methods.decoder.huggingface.writer import write_checkpoint
 from kvlab.methods.decoder.language_model import TokenModel
+from kvlab.methods.registry import resolve
 from kvlab.methods.store import load, load_config, save
 from kvlab.methods.weights import read_tensors, write_tensors
 

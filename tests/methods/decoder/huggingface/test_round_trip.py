@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvlab.methods.axis import resolve
 from kvlab.methods.build import build, convert
 from kvlab.methods.decoder.generation import generate
 from kvlab.methods.decoder.huggingface.settings import CheckpointError
 from kvlab.methods.decoder.huggingface.writer import write_checkpoint
 from kvlab.methods.decoder.language_model import TokenModel
+from kvlab.methods.registry import resolve
 from kvlab.methods.store import load
 
 
