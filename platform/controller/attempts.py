@@ -19,13 +19,11 @@ from kvlab.platform.controller.running import (
     End,
     Running,
 )
-from kvlab.platform.controller.salvage import last_sign, salvage
+from kvlab.platform.controller.salvage import restore_point, salvage
 from kvlab.platform.controller.schedule import Move, Schedule
 from kvlab.platform.controller.slots import Slots, SlotState
 from kvlab.platform.home import Home
 from kvlab.platform.record.recorder import Tail
-from kvlab.platform.record.spool import wait_unwritten
-from kvlab.platform.worker.checkpoints import newest
 
 REUSED_AFTER = frozenset({Cause.DONE, Cause.USER_ERROR, Cause.DIVERGED, Cause.STOPPED})
 """Ends that leave a worker process fit for another job."""
@@ -35,9 +33,6 @@ QUICK_SECONDS = 0.1
 
 RECALL_SECONDS = 0.5
 """A job that takes longer gives back what waits behind it, if another worker idles."""
-
-DEATH_SECONDS = 10.0
-"""How long workers of a dead controller may take to die."""
 
 START_SECONDS = 300.0
 """How long a worker may take to come up: its node may be busy, or gone without a word."""
@@ -131,7 +126,7 @@ class Attempts:
         end: End = {"cause": cause, "message": message.reason}
         for job in list(self._by_slot[slot]):
             running = self.running[job]
-            self._read_file(running, now)
+            self.read_file(running, now)
             if running.workers > 1:
                 # Which rank it was does not matter: one is gone, so the attempt ends.
                 running.rank_ended(-1, end, now)
@@ -251,42 +246,33 @@ class Attempts:
         while self.running:
             self.end(next(iter(self.running)), {"cause": cause, "message": cause}, now, kill=True)
 
-    def adopt(self, job: int, now: float, *, live: bool) -> None:
-        """Take over an attempt that another controller began.
-
-        If its workers are alive and have it (`live` says it is worth looking), they go on under
-        this controller; otherwise the attempt ends here. Its spool is read from the file, which no
-        worker writes any more by then.
-        """
-        row = self._jobs[job]
-        last = row.attempts[-1]
-        shape = self._schedule.task(job).resources
-        running = Running(Tail(job, row.attempt), None, shape.workers, last.started_at, 0.0, now)
+    def take_over(self, job: int, now: float) -> Running:
+        """Answer for an attempt that another controller began, without its workers so far."""
+        row, shape = self._jobs[job], self._schedule.task(job).resources
+        since = row.attempts[-1].started_at
+        running = Running(Tail(job, row.attempt), None, shape.workers, since, 0.0, now)
         self.running[job] = running
         self.measuring += shape.exclusive
-        nodes = self._pool.find(last.worker, running.key, shape.workers) if live else None
-        spool = self._home.spool(*running.key)
-        if nodes is None:
-            wait_unwritten(spool, DEATH_SECONDS)
-        self._read_file(running, now)
-        if nodes is not None:
-            slot = self._slots.add_busy(shape, nodes)
-            self._pool.adopt(slot.id, last.worker)
-            running.slot = slot.id
-            self._by_slot[slot.id] = [job]
-            self._schedule.watch(job, last.started_at)
-            return
-        running.asked = True
-        # Workers of a cluster outlive controllers, so one that had begun died by itself.
-        cause = Cause.NODE_LOST if live and spool.exists() else Cause.STOPPED
-        end = running.tail.end or {"cause": cause, "message": "its controller died, and it did too"}
-        self.end(job, end, now, worked_until=last_sign(self._home, running.tail, running.since))
+        return running
+
+    def go_on(self, running: Running, slot: int) -> None:
+        """The workers of an attempt that was taken over are this slot's."""
+        running.slot = slot
+        self._by_slot[slot] = [running.tail.job]
+        self._schedule.watch(running.tail.job, running.since)
+
+    def read_file(self, running: Running, now: float) -> None:
+        """Take what an attempt's spool still holds, from the file."""
+        tail = running.tail
+        kept = salvage(self._home, self._jobs[tail.job].identity, tail)
+        self._took(running, now)
+        running.kept = kept or running.kept
 
     def _start(self, job: int, slot: int, now: float) -> None:
         attempt = self._schedule.started(job, now)
         row = self._jobs[job]
         workers = row.resources.get("workers", 1)
-        restore, found = self._checkpoint(job, attempt)
+        restore, found = restore_point(self._home, self._jobs, job, attempt)
         worker = self._pool.name(slot)
         one = self._slots[slot]
 
@@ -314,24 +300,6 @@ class Attempts:
             self._workflow, job, attempt, restore, one, self._pool.rendezvous(slot)
         )
         self._ledger.then(lambda: self._pool.run(slot, assignments))
-
-    def _checkpoint(
-        self, job: int, attempt: int
-    ) -> tuple[tuple[int, str] | None, tuple[int, str] | None]:
-        """Where attempt `attempt` goes on from; and the same once more if the store lacks it.
-
-        That the one which the store names is gone is not the end: the attempt before may have left
-        another, whose points are all stored.
-        """
-        if attempt == 1:
-            return None, None
-        stored = self._jobs.checkpoint(job)
-        if stored is not None:
-            return stored, None
-        found = newest(self._home.checkpoints(self._jobs[job].identity, job), attempt - 1)
-        if found is not None:
-            self._jobs.note_checkpoint(job, found)
-        return found, found
 
     def _leave(self, running: Running, fit: bool, now: float, quick: bool) -> None:
         """An attempt leaves its slot: for another job, or for good."""
@@ -374,12 +342,6 @@ class Attempts:
         end = running.end(now)
         if end is not None:
             self.end(running.tail.job, end, now)
-
-    def _read_file(self, running: Running, now: float) -> None:
-        tail = running.tail
-        kept = salvage(self._home, self._jobs[tail.job].identity, tail)
-        self._took(running, now)
-        running.kept = kept or running.kept
 
     def _drop(self, slot: int, now: float) -> None:
         """Kill the slot, if it is still there; what waited in it is queued again."""

@@ -13,6 +13,7 @@ from kvlab.db.batches import Batch
 from kvlab.db.rows import FinishedJob, Lease, Workflow
 from kvlab.db.states import Cause, JobState, WorkflowState
 from kvlab.db.store import Store
+from kvlab.platform.controller.adoption import Adoption
 from kvlab.platform.controller.attempts import STARTS, Attempts
 from kvlab.platform.controller.inbox import (
     Asked,
@@ -167,8 +168,17 @@ class Controller:
         clear(self._home, rows)
         open_jobs = [row.id for row in rows if self._schedule.state(row.id) is not JobState.DONE]
         running = [job for job in open_jobs if self._schedule.state(job) is JobState.RUNNING]
+        adoption = Adoption(
+            self._home,
+            self._jobs,
+            self._schedule,
+            self._slots,
+            self._pool,
+            attempts,
+            live=self._detached,
+        )
         for job in running:
-            attempts.adopt(job, now, live=self._detached)
+            adoption.adopt(job, now)
         if self._detached:
             self._pool.sweep()
         finished = self._store.finished({self._jobs[job].identity for job in open_jobs})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kvlab.platform.controller.jobs import Jobs
 from kvlab.platform.home import Home
 from kvlab.platform.record.recorder import Tail
 from kvlab.platform.worker.checkpoints import newest
@@ -33,3 +34,26 @@ def modified(path: Path) -> float | None:
         return path.stat().st_mtime
     except FileNotFoundError:
         return None
+
+
+Checkpoint = tuple[int, str]
+"""(step, folder)."""
+
+
+def restore_point(
+    home: Home, jobs: Jobs, job: int, attempt: int
+) -> tuple[Checkpoint | None, Checkpoint | None]:
+    """Where attempt `attempt` goes on from; and the same once more if the store lacks it.
+
+    That the one which the store names is gone is not the end: the attempt before may have left
+    another, whose points are all stored.
+    """
+    if attempt == 1:
+        return None, None
+    stored = jobs.checkpoint(job)
+    if stored is not None:
+        return stored, None
+    found = newest(home.checkpoints(jobs[job].identity, job), attempt - 1)
+    if found is not None:
+        jobs.note_checkpoint(job, found)
+    return found, found
