@@ -28,9 +28,15 @@ def one_pass(
     return EphemeralCache(config, policy)
 
 
-class _Ruled(Cache):
-    def __init__(self, policy: Policy | None) -> None:
+class _Rows(Cache):
+    """Rows by KV layer, read under a policy's rule."""
+
+    def __init__(self, policy: Policy | None = None) -> None:
         self._policy = policy
+        self._rows: dict[int, Keys] = {}
+
+    def read(self, layer: int) -> Keys | None:
+        return self._rows.get(layer)
 
     def rule(self, layer: int, own: Rule) -> Rule:
         return own if self._policy is None else self._policy.rule(layer, own)
@@ -39,19 +45,15 @@ class _Ruled(Cache):
         return 0
 
 
-class EphemeralCache(_Ruled):
+class EphemeralCache(_Rows):
     """Hands each layer the rows of this very pass, and forgets them once they are read."""
 
     def __init__(self, config: DecoderConfig, policy: Policy | None = None) -> None:
         super().__init__(policy)
         self._ends = last_reads(config.kv_of)
-        self._rows: dict[int, Keys] = {}
 
     def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor | None) -> None:
         self._rows[layer] = Keys(k, v, positions)
-
-    def read(self, layer: int) -> Keys | None:
-        return self._rows.get(layer)
 
     def observe(self, layer: int, before: Tensor, after: Tensor, key_mass: Tensor | None) -> None:
         """Let go of the rows that no later layer reads: without sharing, one layer is held."""
@@ -59,16 +61,12 @@ class EphemeralCache(_Ruled):
             del self._rows[ended]
 
 
-class GrowingCache(_Ruled):
+class GrowingCache(_Rows):
     """Keeps every row, joined anew for each, so that gradients reach all of the past.
 
     One row is given at a time. That makes a pass exactly what decoding is, and costs time and
     memory with the square of the length: the measure that passes in parallel are held to.
     """
-
-    def __init__(self, policy: Policy | None = None) -> None:
-        super().__init__(policy)
-        self._rows: dict[int, Keys] = {}
 
     def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor | None) -> None:
         assert positions is not None
@@ -77,6 +75,3 @@ class GrowingCache(_Ruled):
             k, v = torch.cat((past.k, k), dim=2), torch.cat((past.v, v), dim=2)
             positions = torch.cat((past.positions, positions), dim=1)
         self._rows[layer] = Keys(k, v, positions)
-
-    def read(self, layer: int) -> Keys | None:
-        return self._rows.get(layer)

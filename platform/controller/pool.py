@@ -25,7 +25,7 @@ from kvlab.platform.controller.inbox import Inbox, Lost, TakenBack, Told, Up
 from kvlab.platform.controller.slots import Room, Slot, Slots, node_room
 from kvlab.platform.home import Home
 from kvlab.platform.worker.actor import GROUPS, Worker
-from kvlab.platform.worker.message import Assignment, Hello, Key, Recalled, Report
+from kvlab.platform.worker.message import Assignment, Hello, Key, Recalled, Report, fields_of
 
 NAMESPACE = "kvlab"
 GATHER_SECONDS = 0.005
@@ -176,7 +176,7 @@ class Pool:
         for actor, assignment in zip(self._crews[slot].actors, assignments, strict=True):
             self._when(
                 slot,
-                actor.run.remote(assignment.to_list()),
+                actor.run.remote(fields_of(assignment)),
                 lambda fields: self.inbox.put(Told(slot, Report.from_list(fields), ran=True)),
             )
 

@@ -14,7 +14,7 @@ import ray
 from kvlab.platform.home import Home
 from kvlab.platform.worker.attempt import Attempt
 from kvlab.platform.worker.capture import Capture
-from kvlab.platform.worker.message import Assignment, Hello, Key, Recalled, Report
+from kvlab.platform.worker.message import Assignment, Hello, Key, Recalled, Report, fields_of
 
 GROUPS = {"jobs": 1, "control": 1}
 """Ray's concurrency groups: a running job never keeps a poll waiting."""
@@ -72,7 +72,7 @@ class Worker:
         assignment = Assignment.from_list(fields)
         with self._lock:
             if assignment.key in self._recalled:
-                return Report(key=None).to_list()
+                return fields_of(Report(key=None))
             if self._attempt is not None:
                 self._attempt.close()
             if self._port is not None:
@@ -84,7 +84,7 @@ class Worker:
                 attempt.stop()
         attempt.run()
         self._heard = time.monotonic()
-        return attempt.report().to_list()
+        return fields_of(attempt.report())
 
     @ray.method(concurrency_group="control")
     def poll(self, key: Key | None, acknowledged: int) -> Report:

@@ -41,12 +41,9 @@ class Assignment(NamedTuple):
     def key(self) -> Key:
         return (self.job, self.attempt)
 
-    def to_list(self) -> list[Any]:
-        return [list(field) if isinstance(field, tuple) else field for field in self]
-
     @classmethod
     def from_list(cls, fields: list[Any]) -> Assignment:
-        """The inverse of `to_list`."""
+        """The inverse of `fields_of`."""
         found = cls(*fields)
         return found._replace(restore=found.restore and (found.restore[0], found.restore[1]))
 
@@ -71,12 +68,9 @@ class Report(NamedTuple):
     hungry: bool = False
     running: bool = False
 
-    def to_list(self) -> list[Any]:
-        return [list(field) if isinstance(field, tuple) else field for field in self]
-
     @classmethod
     def from_list(cls, fields: list[Any]) -> Report:
-        """The inverse of `to_list`."""
+        """The inverse of `fields_of`."""
         found = cls(*fields)
         progress = found.progress
         return found._replace(
@@ -104,3 +98,8 @@ class Hello(NamedTuple):
     node: str
     rendezvous: str
     key: Key | None = None
+
+
+def fields_of(message: Assignment | Report) -> list[Any]:
+    """Return what travels: no tuple, which Ray would pickle."""
+    return [list(field) if isinstance(field, tuple) else field for field in message]
