@@ -78,6 +78,11 @@ class Value:
         shape: sharing only: (params, that decoder) -> the decoder with keys and values shared.
         consumes: the axes of `READ_BY` that this value's implementation reads; a choice on one that
             it does not list is refused.
+        composes: (method, config) -> problems with the other choices of the method; config as in
+            `check`.
+        least: eviction only: params -> rows that every layer must keep for it to mean anything;
+            None: one.
+        scores: eviction only: it gives past tokens scores that layers can compare.
         sources: packages whose files decide the result (part of a job's identity).
     """
 
@@ -96,6 +101,9 @@ class Value:
     inner: Callable[[Any, DecoderConfig], DecoderConfig] | None = None
     shape: Callable[[Any, DecoderConfig], DecoderConfig] | None = None
     consumes: tuple[AxisName, ...] = ()
+    composes: Callable[[Method, DecoderConfig | None], Iterable[str]] | None = None
+    least: Callable[[Any], int] | None = None
+    scores: bool = False
     sources: tuple[str, ...] = ()
 
     def load(self) -> Any:

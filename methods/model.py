@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kvlab import KvlabError
 from kvlab.methods.axis import Method
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.packing import Documents, Packer, TokenPacker
@@ -38,6 +39,26 @@ class Session(ABC):
     @abstractmethod
     def step(self, tokens: Tensor) -> Tensor:
         """Append tokens [B] to every sequence, return and keep the next logits [B, V]."""
+
+    def extend(self, ids: Tensor, valid: Tensor | None = None, *, new_tokens: int = 0) -> Tensor:
+        """Append a turn [B, T] to every sequence, return and keep the next logits [B, V].
+
+        Here one token after another; a session that can reads the turn in one pass, and cuts the
+        cache after it.
+
+        Args:
+            ids: [B, T], LEFT-padded where lengths differ.
+            valid: [B, T] bool, false on padding; None where there is none.
+            new_tokens: that will be generated after it, for a cache that makes room for a turn.
+
+        Raises:
+            KvlabError: turns of unequal length in a session that takes one token at a time.
+        """
+        if valid is not None and not bool(valid.all()):
+            raise KvlabError("this model takes turns of one length only: give them one by one")
+        for column in ids.unbind(1):
+            self.step(column)
+        return self.logits
 
     @abstractmethod
     def kv_bytes(self) -> int:

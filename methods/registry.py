@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from types import NoneType, UnionType
@@ -19,6 +19,7 @@ from kvlab.methods.axis import (
     Range,
     Value,
 )
+from kvlab.methods.decoder.config import DecoderConfig
 
 ENTRY_POINTS = "kvlab.methods"
 """Where methods outside this repository register."""
@@ -130,7 +131,28 @@ def resolve(
                 chosen[axis] = Choice(default, default.params())
     method = Method(label, chosen)
     refuse_unread(method)
+    refuse_misfits(method)
     return method
+
+
+def misfits(method: Method, config: DecoderConfig | None = None) -> Iterator[tuple[Choice, str]]:
+    """Yield each choice that does not go with the others, and why.
+
+    Args:
+        config: of the decoder that run-time axes act on, where it is known.
+    """
+    for axis, choice in method.choices.items():
+        by = READ_BY.get(axis)
+        read = by is None or axis in method[by].value.consumes
+        if read and choice.value.composes is not None:
+            for problem in choice.value.composes(method, config):
+                yield choice, problem
+
+
+def refuse_misfits(method: Method, config: DecoderConfig | None = None) -> None:
+    """Raise a MethodError if choices of the method do not go together; see `misfits`."""
+    for choice, problem in misfits(method, config):
+        raise MethodError(f"{choice.value.name}: {problem}")
 
 
 def refuse_unread(method: Method) -> None:

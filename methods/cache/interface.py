@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from kvlab import KvlabError
 from kvlab.kernels.attention import Rule
 
 
@@ -71,6 +72,9 @@ class Cache(ABC):
     rotates: bool = False
     observes_all: bool = False
 
+    def reserve(self, rows: int) -> None:  # noqa: B027
+        """Hear that a turn of so many rows begins, its answer included; see StreamingLLM's turns."""
+
     def plan(self, step: Step) -> Extra | None:
         """Return query rows to run beside the caller's, or None."""
         return None
@@ -94,7 +98,9 @@ class Cache(ABC):
         return own
 
     def rotary_positions(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions to rotate (queries [B, T], keys [B, S]) by; only when `rotates`.
+        """Positions to rotate (queries [B, T], keys [B, S] or [B, H_kv, S]) by; if `rotates`.
+
+        Asked after `read`.
 
         `positions` [B or 1, T] are those of the queries, packed rows numbered from 0.
         """
@@ -119,6 +125,18 @@ class Cache(ABC):
 
     def finish(self) -> None:  # noqa: B027
         """End the pass: keep, evict, free."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that `restore` needs to go on from here in another cache opened alike.
+
+        Raises:
+            KvlabError: this cache cannot be saved.
+        """
+        raise KvlabError(f"a {type(self).__name__} cannot be saved in mid-generation")
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state` of another cache, opened with the same arguments, returned."""
+        raise KvlabError(f"a {type(self).__name__} cannot be restored")
 
     @abstractmethod
     def nbytes(self) -> int:

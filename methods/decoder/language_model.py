@@ -138,6 +138,24 @@ class TokenSession(Session):
         self.logits = self._decoder.head(hidden[:, -1])
         return self.logits
 
+    @torch.inference_mode()
+    def extend(self, ids: Tensor, valid: Tensor | None = None, *, new_tokens: int = 0) -> Tensor:
+        batch, rows = ids.shape
+        if valid is None:
+            positions = self._next + torch.arange(rows, device=ids.device)
+            given: int | Tensor = batch * rows
+        else:
+            positions = positions_of(valid)
+            assert positions is not None
+            positions = torch.where(valid, positions + self._next, positions)
+            given = valid.sum()
+        self._cache.reserve(rows + new_tokens)
+        hidden = self._decoder.body(self._decoder.embed(ids), positions, self._cache, ids)
+        self._next = positions[:, -1:] + 1
+        self._prompt = self._prompt + given
+        self.logits = self._decoder.head(hidden[:, -1])
+        return self.logits
+
     def kv_bytes(self) -> int:
         return self._cache.nbytes()
 

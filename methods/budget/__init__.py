@@ -1,0 +1,1 @@
+"""The budget axis: how many past rows each layer may keep."""

@@ -1,0 +1,25 @@
+"""Observed attention: the mean attention a prompt token got decides (kvpress)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvlab.methods.axis import Value
+
+
+@dataclass(frozen=True, slots=True)
+class ObservedAttentionParams:
+    """A prompt is cut once, without a window; what is generated stays. No settings."""
+
+
+ENTRY = Value(
+    axis="eviction",
+    name="observed_attention",
+    summary="the prompt tokens with the most attention per query stay, and all that is generated",
+    params=ObservedAttentionParams,
+    implementation="kvlab.methods.eviction.observed_attention.ranking:ObservedAttention",
+    cost="kvlab.methods.eviction.observed_attention.cost",
+    consumes=("budget", "precision"),
+    scores=True,
+    sources=("kvlab.methods.eviction.observed_attention",),
+)
