@@ -89,10 +89,11 @@ def _check(spec: Mapping[str, Any], parts: Mapping[str, Mapping[str, int]]) -> N
     if not total:
         raise DataError(f"data {where}: holds no text")
     for name, part in parts.items():
-        if not part["documents"] and (name == "train" or spec["holdout"]):
+        wanted = spec["holdout"] < 1 if name == "train" else spec["holdout"]
+        if not part["documents"] and wanted:
             raise DataError(
                 f"data {where}: {total} document(s) are too few to hold out {spec['holdout']:g} "
                 f"of them: none is left for the {name} part; give more text or another holdout"
             )
-    if not parts["train"]["targets"]:
+    if parts["train"]["documents"] and not parts["train"]["targets"]:
         raise DataError(f"data {where}: no training token counts: no turn is by the assistant")

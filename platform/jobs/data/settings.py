@@ -92,7 +92,7 @@ class DataSettings(Settings):
     tokenizer: Tokenizer | None = None
     sequence_length: int = Field(ge=2, le=2**20)
     format: Literal["text", "chat"] = "text"
-    holdout: float = Field(default=0.1, gt=0, lt=1)
+    holdout: float = Field(default=0.1, gt=0, le=1)
     max_tokens: Count | None = Field(default=None, ge=1)
 
 

@@ -108,6 +108,13 @@ def test_chat_prompts_are_masked_token_by_token(tmp_path):
     assert len(said) == result["train_targets"] == 4 * result["train_documents"]
 
 
+def test_all_documents_may_be_held_out(tmp_path):
+    write(tmp_path / "in", count=3)
+    result = run(tmp_path, holdout=1.0, tokenizer={"bytes": True})
+    assert result["heldout_documents"] == 3
+    assert result["train_documents"] == 0
+
+
 def test_too_little_text_is_one_line(tmp_path):
     write(tmp_path / "in", count=1)
     with pytest.raises(DataError, match=r"too few to hold out 0\.2"):

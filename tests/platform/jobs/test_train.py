@@ -176,6 +176,14 @@ def test_a_checkpoint_people_have_is_taken_as_it_is_or_trained_on(data, train_sp
     assert not same(weights(base), weights(tmp_path / "on"))
 
 
+def test_a_checkpoint_that_is_taken_as_it_is_keeps_its_dtype(data, train_spec, base, tmp_path):
+    (tmp_path / "half").mkdir()
+    save(load(base, dtype=torch.bfloat16), tmp_path / "half")
+    model = {"checkpoint": str(tmp_path / "half"), "fingerprint": ""}
+    run_cell("train", train_spec(model=model, tokens=0), {"data": data}, tmp_path / "as")
+    assert {p.dtype for p in load(tmp_path / "as").parameters()} == {torch.bfloat16}
+
+
 def test_a_folder_with_shared_keys_is_taken_as_it_is_or_trained_on(data, train_spec, tmp_path):
     method = resolve({"lckv": {"warmup_layers": 0, "forward_passes": 3}})
     torch.manual_seed(0)
