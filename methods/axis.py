@@ -81,8 +81,11 @@ class Value:
         composes: (method, config) -> problems with the other choices of the method; config as in
             `check`.
         least: eviction only: params -> rows that every layer must keep for it to mean anything;
-            None: one.
+            None: one. 0: with these params it does not read the budget.
+        grows: eviction only: params -> whether all that comes after a prompt stays; None: no.
         scores: eviction only: it gives past tokens scores that layers can compare.
+        observes_all: eviction and budget: what stays depends on every row of every layer of a
+            prompt, so that no early exit leaves rows out.
         sources: packages whose files decide the result (part of a job's identity).
     """
 
@@ -103,7 +106,9 @@ class Value:
     consumes: tuple[AxisName, ...] = ()
     composes: Callable[[Method, DecoderConfig | None], Iterable[str]] | None = None
     least: Callable[[Any], int] | None = None
+    grows: Callable[[Any], bool] | None = None
     scores: bool = False
+    observes_all: bool = False
     sources: tuple[str, ...] = ()
 
     def load(self) -> Any:

@@ -20,12 +20,18 @@ class Cost(ABC):
     """The predicted cost of one model under one method; bytes and FLOPs of ONE sequence.
 
     A value of the granularity axis supplies a subclass: its cost module has `cost(config, method)`.
-    A value of the eviction axis has two functions in its cost module:
-    `rows(config, method, layer, tokens)`, the rows that a KV layer keeps of a sequence of so many
-    tokens under the method's eviction and budget, which is also what a decode step reads; and
-    `prompt_window(config, method, layer)`, the window through which a prompt is read, or None. One
-    of the precision axis has `row_bytes(config, method, itemsize)`, the bytes of a row of one KV
-    layer, keys and values.
+    A value of the eviction axis has in its cost module `rows(config, method, layer, tokens,
+    prompt)`, the rows that a KV layer keeps of a sequence of so many tokens, of which so many came
+    as a prompt, under the method's eviction and budget, which is also what a decode step reads; and
+    `prompt_window(config, method, layer)`, the window through which a prompt is read, or None. It
+    may have `in_one_pass(config, method)`, whether a parallel pass scores as the live cache would
+    (else: no); `heads(config, method)`, heads that keep rows (else the KV heads); and
+    `voters(config, method, prompt)`, prompt queries whose attention is worked out a second time
+    (else none). For budgets see `kvlab.methods.budget.cost`. A value of the precision axis has
+    `row_bytes(config, method, itemsize)`, the bytes of a row of one KV layer, keys and values.
+
+    Wherever `prompt` may be given, it is the tokens that came at once in the beginning, which
+    budgets are shares of; None: all of them.
     """
 
     @abstractmethod
@@ -45,26 +51,36 @@ class Cost(ABC):
 
     @abstractmethod
     def score_flops_per_token(self, sequence_length: int) -> float:
-        """FLOPs of scoring sequences of so many tokens in one go, per token."""
+        """FLOPs of scoring sequences of so many tokens, per token.
+
+        In one go, or token by token where what stays depends on content; `score_steps` says which.
+        Budgets are then shares of the whole sequence.
+        """
+
+    @abstractmethod
+    def score_steps(self, sequence_length: int) -> int:
+        """Passes that scoring a sequence takes, one after another: one, where one says it all."""
 
     @abstractmethod
     def prefill_flops(self, prompt: int) -> float:
         """FLOPs from a prompt of so many tokens to the first logits."""
 
     @abstractmethod
-    def decode_flops(self, context: int) -> float:
+    def decode_flops(self, context: int, prompt: int | None = None) -> float:
         """FLOPs of generating one token that reads a context of so many, its own included."""
 
     @abstractmethod
-    def kv_bytes(self, tokens: int, itemsize: int) -> int:
+    def kv_bytes(self, tokens: int, itemsize: int, prompt: int | None = None) -> int:
         """Bytes of keys and values kept for a sequence of so many tokens."""
 
-    def kv_bytes_per_token(self, context: int, itemsize: int) -> float:
+    def kv_bytes_per_token(self, context: int, itemsize: int, prompt: int | None = None) -> float:
         """Bytes kept per token of a sequence of so many."""
-        return self.kv_bytes(context, itemsize) / context
+        return self.kv_bytes(context, itemsize, prompt) / context
 
     @abstractmethod
-    def kv_bytes_read_per_token(self, context: int, itemsize: int) -> float:
+    def kv_bytes_read_per_token(
+        self, context: int, itemsize: int, prompt: int | None = None
+    ) -> float:
         """Bytes of keys and values that generating one token at this context reads."""
 
     @abstractmethod

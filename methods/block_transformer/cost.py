@@ -44,24 +44,34 @@ class BlockCost(Cost):
     def score_flops_per_token(self, sequence_length: int) -> float:
         return self._over_text(sequence_length, self.block.score_flops_per_token, 1)
 
+    def score_steps(self, sequence_length: int) -> int:
+        steps = self.block.score_steps(self._blocks(sequence_length))
+        return 1 if steps == 1 else sequence_length
+
     def prefill_flops(self, prompt: int) -> float:
         blocks = self._blocks(prompt)
         lead = self.sizes.rows - self.length + 1
         inside = self._token_flops(lead) + self.token.head_flops()
         return blocks * self._embedder_flops() + self.block.prefill_flops(blocks) + inside
 
-    def decode_flops(self, context: int) -> float:
-        block = self._embedder_flops() + self.block.decode_flops(self._blocks(context))
+    def decode_flops(self, context: int, prompt: int | None = None) -> float:
+        places = self._blocks(context), self._prompt(prompt)
+        block = self._embedder_flops() + self.block.decode_flops(*places)
         return (block + self._token_flops(self.sizes.rows)) / self.length + self.token.head_flops()
 
-    def kv_bytes(self, tokens: int, itemsize: int) -> int:
+    def kv_bytes(self, tokens: int, itemsize: int, prompt: int | None = None) -> int:
         inside = self.token.kv_bytes(self.sizes.rows + self._memory(), itemsize)
-        return self.block.kv_bytes(self._blocks(tokens), itemsize) + inside
+        blocks = self.block.kv_bytes(self._blocks(tokens), itemsize, self._prompt(prompt))
+        return blocks + inside
 
-    def kv_bytes_read_per_token(self, context: int, itemsize: int) -> float:
+    def kv_bytes_read_per_token(
+        self, context: int, itemsize: int, prompt: int | None = None
+    ) -> float:
         lead = self.sizes.rows - self.length + 1
         rows = sum(range(lead, self.sizes.rows + 1)) + self.length * self._memory()
-        block = self.block.kv_bytes_read_per_token(self._blocks(context), itemsize)
+        block = self.block.kv_bytes_read_per_token(
+            self._blocks(context), itemsize, self._prompt(prompt)
+        )
         return (block + rows * self.token.kv_bytes(1, itemsize)) / self.length
 
     def first_target(self) -> int:
@@ -78,6 +88,9 @@ class BlockCost(Cost):
 
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self.length)
+
+    def _prompt(self, prompt: int | None) -> int | None:
+        return None if prompt is None else self._blocks(prompt)
 
     def _memory(self) -> int:
         """Vectors that cross-attention keeps keys and values of, per layer."""

@@ -30,7 +30,7 @@ class Amount:
 
 
 def least_rows(method: Method) -> int:
-    """Rows that every layer must keep for the method's eviction to mean anything."""
+    """Rows that every layer must keep for the method's eviction to mean anything; 0: no budget."""
     choice = method["eviction"]
     return choice.value.least(choice.params) if choice.value.least else 1
 
@@ -41,7 +41,7 @@ def fixed(method: Method, prompt: int) -> Method:
     fix: Callable[[int], object] | None = getattr(choice.params, "fixed", None) if choice else None
     if choice is None or (fix is None and not isinstance(choice.params, Amount)):
         return method
-    if "budget" not in method["eviction"].value.consumes:
+    if "budget" not in method["eviction"].value.consumes or not least_rows(method):
         return method
     if fix is not None:
         params = fix(prompt)

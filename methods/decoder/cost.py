@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvlab.methods.axis import Choice, Method
+from kvlab.methods.budget.amount import fixed
 from kvlab.methods.cost import Cost
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.segments import exit_layer, passes_of, runs_by_row, segments
 from kvlab.methods.prefill.params import prefill_of
 from kvlab.methods.registry import refuse_unread
 
+SAMPLES = 256
+"""Places of a sequence at most whose decode steps stand for all."""
 Windows = Sequence[int | None]
 """Of each layer; None: it reads all."""
 
@@ -49,8 +52,12 @@ class DecoderCost(Cost):
         self.config, self.method, self.tables = config, method, tables
         self._eviction = _module(method["eviction"])
         precision = method.choices.get("precision")
-        self._precision = None if precision is None else _module(precision)
+        self._precision = _module(precision) if precision and precision.value.cost else None
         self._prefill = prefill_of(method)
+        heads = _optional(self._eviction, "heads")
+        kept = config.kv_heads if heads is None else heads(config, method)
+        self._row = config if kept == config.kv_heads else config.with_(kv_heads=kept)
+        self._observes_all = any(choice.value.observes_all for choice in method.choices.values())
         self._windows = config.windows or (None,) * config.layers
         self._owners = frozenset(config.kv_of)
         every = config.sharing is not None and config.sharing.strict
@@ -59,22 +66,22 @@ class DecoderCost(Cost):
         self._cyclic = {layer for part in cyclic for layer in range(part.start, part.stop)}
         self._tops = {part.stop - 1 for part in cyclic}
 
-    def rows(self, tokens: int) -> dict[int, int]:
+    def rows(self, tokens: int, prompt: int | None = None) -> dict[int, float]:
         """Rows that each KV layer keeps of a sequence of so many tokens: what a reader may want."""
-        kept: dict[int, int] = {}
+        kept: dict[int, float] = {}
         for layer, kv in enumerate(self.config.kv_of):
-            kept[kv] = max(kept.get(kv, 0), self._seen(layer, tokens))
+            kept[kv] = max(kept.get(kv, 0), self._seen(layer, tokens, prompt))
         return kept
 
-    def reads(self, tokens: int) -> list[int]:
+    def reads(self, tokens: int, prompt: int | None = None) -> list[float]:
         """Rows that each layer reads for the last of so many tokens."""
-        return [self._seen(i, tokens) - strict for i, strict in enumerate(self._strict)]
+        return [self._seen(i, tokens, prompt) - strict for i, strict in enumerate(self._strict)]
 
     def row_bytes(self, itemsize: int) -> float:
         """Bytes of one row of one KV layer, keys and values, at the method's precision."""
         if self._precision is None:
-            return 2 * self.config.kv_heads * self.config.head_dim * itemsize
-        found: float = self._precision.row_bytes(self.config, self.method, itemsize)
+            return 2 * self._row.kv_heads * self._row.head_dim * itemsize
+        found: float = self._precision.row_bytes(self._row, self.method, itemsize)
         return found
 
     def body_parameters(self) -> int:
@@ -100,7 +107,7 @@ class DecoderCost(Cost):
         """FLOPs of the layers' linear maps for so many rows, in one pass."""
         return 2.0 * rows * sum(self._weights(layer) for layer in range(self.config.layers))
 
-    def attention_flops(self, pairs: int) -> float:
+    def attention_flops(self, pairs: float) -> float:
         """FLOPs of so many (query, key) pairs of one layer: scores and weighted values."""
         return 4.0 * self.config.heads * self.config.head_dim * pairs
 
@@ -111,9 +118,23 @@ class DecoderCost(Cost):
         return flops / sequence_length + 3.0 * self.head_flops()
 
     def score_flops_per_token(self, sequence_length: int) -> float:
-        reading = self._whole(sequence_length, self._prompt_windows(), self._prefill.passes)
-        flops = self._forward(range(self.config.layers), reading)
+        under = self._fixed(sequence_length)
+        if not under.in_one_pass():
+            places = range(1, sequence_length + 1, max(1, sequence_length // SAMPLES))
+            return sum(under.decode_flops(place, 1) for place in places) / len(places)
+        layers = range(self.config.layers)
+        windows = [int(under._seen(i, sequence_length, sequence_length)) for i in layers]
+        flops = self._forward(layers, self._whole(sequence_length, windows, self._prefill.passes))
         return flops / sequence_length + self.head_flops()
+
+    def score_steps(self, sequence_length: int) -> int:
+        return 1 if self._fixed(sequence_length).in_one_pass() else sequence_length
+
+    def in_one_pass(self) -> bool:
+        """Whether a parallel pass can read what a live cache would have kept."""
+        says = _optional(self._eviction, "in_one_pass")
+        plain = self._precision is None or self.method["precision"].is_default
+        return plain and says is not None and says(self.config, self.method)
 
     def prefill_flops(self, prompt: int) -> float:
         layers, windows = self.config.layers, self._prompt_windows()
@@ -124,25 +145,41 @@ class DecoderCost(Cost):
         for layer in range(last, layers):
             keys = min(prompt, windows[layer] or prompt) - self._strict[layer]
             flops += 2.0 * self._weights(layer) + self.attention_flops(keys)
-        return flops + self.head_flops()
+        return flops + self._voting_flops(prompt, windows) + self.head_flops()
 
-    def decode_flops(self, context: int) -> float:
-        attention = self.attention_flops(sum(self.reads(context)))
+    def decode_flops(self, context: int, prompt: int | None = None) -> float:
+        attention = self.attention_flops(sum(self.reads(context, prompt)))
         return self.linear_flops() + attention + self.head_flops()
 
-    def kv_bytes(self, tokens: int, itemsize: int) -> int:
-        return round(self.row_bytes(itemsize) * sum(self.rows(tokens).values()))
+    def kv_bytes(self, tokens: int, itemsize: int, prompt: int | None = None) -> int:
+        return round(self.row_bytes(itemsize) * sum(self.rows(tokens, prompt).values()))
 
-    def kv_bytes_read_per_token(self, context: int, itemsize: int) -> float:
-        return self.row_bytes(itemsize) * sum(self.reads(context))
+    def kv_bytes_read_per_token(
+        self, context: int, itemsize: int, prompt: int | None = None
+    ) -> float:
+        return self.row_bytes(itemsize) * sum(self.reads(context, prompt))
 
     def first_target(self) -> int:
         return 1
 
-    def _seen(self, layer: int, tokens: int) -> int:
+    def _fixed(self, rows: int) -> DecoderCost:
+        """The same for sequences of so many, which shares are of."""
+        return DecoderCost(self.config, fixed(self.method, rows), tables=self.tables)
+
+    def _seen(self, layer: int, tokens: int, prompt: int | None) -> float:
         """Rows kept of so many that are in the layer's own window."""
-        kept: int = self._eviction.rows(self.config, self.method, self.config.kv_of[layer], tokens)
+        kv, came = self.config.kv_of[layer], tokens if prompt is None else min(prompt, tokens)
+        kept: float = self._eviction.rows(self.config, self.method, kv, tokens, came)
         return min(kept, self._windows[layer] or kept)
+
+    def _voting_flops(self, prompt: int, windows: Windows) -> float:
+        """FLOPs of attention scores that are worked out beside the fused attention, to be seen."""
+        counts = _optional(self._eviction, "voters")
+        voters = 0 if counts is None else counts(self.config, self.method, prompt)
+        if not voters:
+            return 0.0
+        pairs = (causal_pairs(prompt, w) - causal_pairs(prompt - voters, w) for w in windows)
+        return self.attention_flops(sum(pairs)) / 2
 
     def _prompt_windows(self) -> Windows:
         """The window through which each layer reads a prompt."""
@@ -155,7 +192,8 @@ class DecoderCost(Cost):
     def _exit(self) -> int:
         """The first layer that only a prompt's last row goes through; past the top: none is."""
         layers, found, asked = self.config.layers, exit_layer(self.config), self._prefill.early_exit
-        if found is None or asked is False or (asked is None and found == layers - 1):
+        automatic = asked is None and (found == layers - 1 or self._observes_all)
+        if found is None or asked is False or automatic:
             return layers
         if runs_by_row(self.config, self._prefill.passes):
             return layers
@@ -215,6 +253,12 @@ def _module(choice: Choice) -> ModuleType:
     if choice.value.cost is None:
         raise ValueError(f"method '{choice.value.name}' has no cost module")
     return importlib.import_module(choice.value.cost)
+
+
+def _optional(module: ModuleType, name: str) -> Callable[..., Any] | None:
+    """A function that a cost module may have."""
+    found: Callable[..., Any] | None = getattr(module, name, None)
+    return found
 
 
 def causal_pairs(tokens: int, window: int | None) -> int:

@@ -28,8 +28,8 @@ def rows(params: PyramidParams, layers: int, prompt: int, window: int, least: in
 
 def _conserve(params: PyramidParams, layers: int, prompt: int, least: int) -> list[int]:
     """The window inside the count, from 2 b - b / beta down to b / beta, in all `layers` b."""
-    average = params.rows(prompt)
-    if average >= prompt or average <= least or layers == 1:
+    average = max(params.rows(prompt), least)
+    if average >= prompt or average == least or layers == 1:
         return [average] * layers
     low = max(Fraction(average, params.beta), Fraction(least), Fraction(2 * average - prompt))
     step = 2 * (average - low) / (layers - 1)

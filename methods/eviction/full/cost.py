@@ -6,7 +6,7 @@ from kvlab.methods.axis import Method
 from kvlab.methods.decoder.config import DecoderConfig
 
 
-def rows(config: DecoderConfig, method: Method, layer: int, tokens: int) -> int:
+def rows(config: DecoderConfig, method: Method, layer: int, tokens: int, prompt: int) -> int:
     """All of them."""
     return tokens
 
@@ -14,3 +14,8 @@ def rows(config: DecoderConfig, method: Method, layer: int, tokens: int) -> int:
 def prompt_window(config: DecoderConfig, method: Method, layer: int) -> int | None:
     """A prompt is read in full."""
     return None
+
+
+def in_one_pass(config: DecoderConfig, method: Method) -> bool:
+    """Nothing is evicted that a parallel pass would have to leave out."""
+    return True
