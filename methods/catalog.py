@@ -16,6 +16,9 @@ from kvlab.methods.eviction.observed_attention import params as observed_attenti
 from kvlab.methods.eviction.sliding_window import params as sliding_window
 from kvlab.methods.eviction.snapkv import params as snapkv
 from kvlab.methods.eviction.streaming_llm import params as streaming_llm
+from kvlab.methods.precision.fp8 import params as fp8
+from kvlab.methods.precision.int8 import params as int8
+from kvlab.methods.precision.kivi import params as kivi
 from kvlab.methods.prefill import params as prefill
 from kvlab.methods.sharing import values as sharing
 
@@ -34,5 +37,8 @@ ENTRIES: tuple[Value | Preset, ...] = (
     pyramidkv.ENTRY,
     per_layer.ENTRY,
     global_topk.ENTRY,
+    int8.ENTRY,
+    fp8.ENTRY,
+    kivi.ENTRY,
     *prefill.ENTRIES,
 )

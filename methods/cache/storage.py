@@ -19,6 +19,10 @@ class Space(NamedTuple):
     device: torch.device
     dtype: torch.dtype
 
+    def zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Return zeros [batch, heads, *shape] on the device."""
+        return torch.zeros((self.batch, self.heads, *shape), dtype=dtype, device=self.device)
+
 
 class Storage(ABC):
     """Rows of keys and values in numbered slots.
@@ -40,7 +44,8 @@ class Storage(ABC):
         """Overwrite slots with rows [B, H_kv, n, D] in the model's dtype.
 
         Args:
-            slots: a slice or [n], the same of every sample and head; or [B, 1 or H_kv, n].
+            slots: a slice or [n], the same of every sample and head; or [B, 1 or H_kv, n]. Where
+                these are several, a negative one says that the row is not stored.
         """
 
     def fill(self, k: Tensor, v: Tensor, counts: Tensor) -> None:
@@ -69,20 +74,13 @@ class PlainStorage(Storage):
     """Rows as the model made them; `get` copies nothing."""
 
     def __init__(self, params: Any, space: Space) -> None:
-        batch, heads, rows, head_dim, device, dtype = space
         self.k, self.v = (
-            torch.empty((batch, heads, rows, head_dim), device=device, dtype=dtype)
-            for _ in range(2)
+            space.zeros(space.rows, space.head_dim, dtype=space.dtype) for _ in range(2)
         )
 
     def put(self, slots: slice | Tensor, k: Tensor, v: Tensor) -> None:
-        if isinstance(slots, Tensor) and slots.dim() == 3:
-            places = slots.unsqueeze(-1).expand(*k.shape[:3], k.shape[-1])
-            self.k.scatter_(2, places, k)
-            self.v.scatter_(2, places, v)
-            return
-        self.k[:, :, slots] = k
-        self.v[:, :, slots] = v
+        put_rows(self.k, slots, k)
+        put_rows(self.v, slots, v)
 
     def get(self, rows: int) -> tuple[Tensor, Tensor]:
         return self.k[:, :, :rows], self.v[:, :, :rows]
@@ -92,3 +90,21 @@ class PlainStorage(Storage):
 
     def nbytes(self) -> int:
         return self.k.untyped_storage().nbytes() + self.v.untyped_storage().nbytes()
+
+
+def put_rows(kept: Tensor, slots: slice | Tensor, rows: Tensor) -> None:
+    """Overwrite slots of `kept` [B, H_kv, C, D] with rows [B, H_kv, n, D] of its dtype.
+
+    Waits for the device where rows of several slots [B, 1 or H_kv, n] may be left out.
+
+    Args:
+        slots: as in `Storage.put`.
+    """
+    if isinstance(slots, slice) or slots.dim() == 1:
+        kept[:, :, slots] = rows
+    elif rows.shape[2] == 1:
+        kept.scatter_(2, slots.unsqueeze(-1).expand(rows.shape), rows)
+    else:
+        slots = slots.expand(rows.shape[:3])
+        sample, head, row = (slots >= 0).nonzero(as_tuple=True)
+        kept[sample, head, slots[sample, head, row]] = rows[sample, head, row]

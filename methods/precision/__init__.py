@@ -1,0 +1,1 @@
+"""The precision axis: how keys and values are stored."""

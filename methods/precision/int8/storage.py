@@ -1,0 +1,27 @@
+"""int8 as a storage."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvlab.kernels.quantise import dequantise, quantise_symmetric
+from kvlab.methods.cache.storage import Space
+from kvlab.methods.precision.by_row import RowStorage
+
+
+class Int8(RowStorage):
+    """8-bit integers and a scale for each row and head."""
+
+    def empty(self, space: Space) -> dict[str, Tensor]:
+        return {
+            "codes": space.zeros(space.rows, space.head_dim, dtype=torch.int8),
+            "scale": space.zeros(space.rows, 1, dtype=space.dtype),
+        }
+
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        codes, scale = quantise_symmetric(x)
+        return {"codes": codes, "scale": scale}
+
+    def decode(self, parts: dict[str, Tensor]) -> Tensor:
+        return dequantise(parts["codes"], parts["scale"])
