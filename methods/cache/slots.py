@@ -162,6 +162,30 @@ class SlotCache(Cache):
                 table.store(self._known())
         self._seen += self._arriving
 
+    def state(self) -> dict[str, Tensor]:
+        """Return the live tensors by name, and how many rows were seen; save them before a pass."""
+        state = {
+            f"{kv}.{name}": tensor
+            for kv, layer in self._layers.items()
+            for name, tensor in layer.storage.state().items()
+        }
+        for capacity, table in self._tables.items():
+            state[f"positions.{capacity}"] = table.positions
+        return state | {"seen": torch.tensor([self._seen, self._padded])}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        live = self.state()
+        shapes = [{name: tensor.shape for name, tensor in some.items()} for some in (live, state)]
+        if shapes[0] != shapes[1]:
+            raise KvlabError(
+                "the saved cache is not of this shape: open one with the same method, model, batch "
+                "and number of tokens"
+            )
+        for name, tensor in live.items():
+            tensor.copy_(state[name])
+        seen, padded = live["seen"].tolist()
+        self._seen, self._padded = seen, bool(padded)
+
     def nbytes(self) -> int:
         rows = sum(layer.storage.nbytes() for layer in self._layers.values())
         tables = (table.positions.untyped_storage() for table in self._tables.values())
