@@ -13,6 +13,10 @@ KEY := $(shell cat pyproject.toml $(LOCK) | sha256sum | cut -c1-16)
 READY := $(VENV)/.ready-$(KEY)
 BENCH_READY := $(VENV)/.ready-bench-$(KEY)
 
+# kvpress wants an older transformers than the lock has: an environment of its own.
+KVPRESS := .venv-kvpress
+KVPRESS_READY := $(KVPRESS)/.ready-$(shell cat constraints-kvpress.txt | sha256sum | cut -c1-16)
+
 ENTER := To type kvlab in this shell: . $(BIN)/activate (or write $(BIN)/kvlab)
 
 .PHONY: help setup demo test faults lint bench bench-gpu lock clean
@@ -23,9 +27,9 @@ help:
 	@echo "make test       set up, run the tests (ARGS='-k decoder' is passed on)"
 	@echo "make faults     kill workers, controllers and drivers at 20 random instants each"
 	@echo "make lint       ruff, mypy, import-linter"
-	@echo "make bench      kvlab beside Ray Tune, MLflow and transformers, in one run"
+	@echo "make bench      kvlab beside Ray Tune, MLflow, transformers and kvpress, in one run"
 	@echo "make bench-gpu  the measurements that need a GPU"
-	@echo "make clean      remove .venv and caches; results in .kvlab stay"
+	@echo "make clean      remove both environments and caches; results in .kvlab stay"
 
 setup: $(READY)
 	@echo "$(ENTER)"
@@ -40,6 +44,14 @@ $(READY): pyproject.toml $(LOCK)
 
 $(BENCH_READY): $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c $(LOCK) -e '.[platform,dev,bench]'
+	@touch $@
+
+$(KVPRESS_READY): constraints-kvpress.txt
+	@test -n "$(PYTHON)" || { echo "kvlab needs Python 3.11 or newer: install it, or make PYTHON=..."; exit 1; }
+	@echo "Setting up $(KVPRESS) from constraints-kvpress.txt (a few minutes, once)"
+	@test -x $(KVPRESS)/bin/python || $(PYTHON) -m venv $(KVPRESS)
+	@rm -f $(KVPRESS)/.ready-*
+	$(KVPRESS)/bin/pip install --quiet --disable-pip-version-check -c constraints-kvpress.txt kvpress torch transformers
 	@touch $@
 
 demo: $(READY)
@@ -58,7 +70,7 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(BENCH_READY)
+bench: $(BENCH_READY) $(KVPRESS_READY)
 	$(BIN)/python -m kvlab.platform.bench --json bench.json $(ARGS)
 
 bench-gpu: $(BENCH_READY)
@@ -74,4 +86,4 @@ lock:
 	mv build/constraints-cpu.txt constraints-cpu.txt && rm -rf build/lock
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(KVPRESS) build dist src/*.egg-info .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -18,6 +18,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from kvlab import KvlabError
 from kvlab.platform.bench.line import Line
 from kvlab.platform.bench.table import render
 
@@ -43,7 +44,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if chosen.here:
         (name,) = names
-        chosen.json.write_text(json.dumps([asdict(line) for line in measure(name, chosen.gpu)]))
+        try:
+            found = measure(name, chosen.gpu)
+        except KvlabError as error:
+            print(error, file=sys.stderr)
+            return 1
+        chosen.json.write_text(json.dumps([asdict(line) for line in found]))
         return 0
     lines: list[Line] = []
     failed: list[str] = []

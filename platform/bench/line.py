@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
 from typing import Any, Literal
+
+from kvlab.platform.jobs.benchmark.median import summarise
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,3 +87,18 @@ def interleaved(
 def middle(samples: list[float]) -> float:
     """The median of the samples."""
     return float(median(samples))
+
+
+def not_slower(mine: list[float], other: list[float]) -> float:
+    """The least ratio of the medians that still is not slower beyond the interval.
+
+    That is 1 less the upper half of the paired ratio's interval, as printed: its upper end reaches
+    1 exactly when the ratio reaches this.
+    """
+    found = summarise([b / a for a, b in zip(mine, other, strict=True)])
+    return hundredths(1.0 - max(0.0, found["high"] - middle(other) / middle(mine)))
+
+
+def hundredths(target: float) -> float:
+    """The target as it is printed, rounded up."""
+    return math.ceil(target * 100) / 100

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from kvlab.methods.cost import cost_of
 from kvlab.methods.decoder.config import DecoderConfig, llama
 from kvlab.methods.model import LanguageModel, Session
 from kvlab.methods.registry import resolve
-from kvlab.platform.bench.line import Line, interleaved, middle
+from kvlab.platform.bench.line import Line, hundredths, interleaved, middle, not_slower
 from kvlab.platform.jobs.benchmark.median import summarise
 
 VOCABULARY = 2048
@@ -69,8 +68,7 @@ def decode(
         tokens / middle(mine),
         tokens / middle(other),
         beside="full attention",
-        # Not slower beyond the interval: its upper end reaches 1.
-        least_ratio=hundredths(1.0 - max(0.0, found["high"] - middle(other) / middle(mine))),
+        least_ratio=not_slower(mine, other),
         detail={"seconds": mine, "their_seconds": other, "paired_ratio": found},
     )
 
@@ -111,11 +109,6 @@ def early_exit(config: DecoderConfig, device: str, dtype: torch.dtype) -> Line:
         least_ratio=hundredths((1 - WITHIN) * expected),
         detail={"seconds": mine, "their_seconds": other, "predicted_flops": predicted},
     )
-
-
-def hundredths(target: float) -> float:
-    """The target as it is printed, rounded up."""
-    return math.ceil(target * 100) / 100
 
 
 def settle(like: Tensor) -> None:
