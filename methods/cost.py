@@ -28,7 +28,9 @@ class Cost(ABC):
     (else: no); `heads(config, method)`, heads that keep rows (else the KV heads); and
     `voters(config, method, prompt)`, prompt queries whose attention is worked out a second time
     (else none). For budgets see `kvlab.methods.budget.cost`. A value of the precision axis has
-    `row_bytes(config, method, itemsize)`, the bytes of a row of one KV layer, keys and values.
+    `row_bytes(config, method, itemsize)`, the bytes of a row of one KV layer, keys and values; it
+    may have `extra_bytes(config, method, rows, itemsize)`, those of a layer of so many rows beside
+    theirs (else none).
 
     Wherever `prompt` may be given, it is the tokens that came at once in the beginning, which
     budgets are shares of; None: all of them.

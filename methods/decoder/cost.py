@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -84,6 +84,11 @@ class DecoderCost(Cost):
         found: float = self._precision.row_bytes(self._row, self.method, itemsize)
         return found
 
+    def extra_bytes(self, rows: float, itemsize: int) -> float:
+        """Bytes of one KV layer of so many rows beside theirs: those that wait to be quantised."""
+        says = None if self._precision is None else _optional(self._precision, "extra_bytes")
+        return 0.0 if says is None else says(self._row, self.method, rows, itemsize)
+
     def body_parameters(self) -> int:
         c = self.config
         norm = c.width * (2 if c.norm == "layer" else 1)
@@ -152,15 +157,20 @@ class DecoderCost(Cost):
         return self.linear_flops() + attention + self.head_flops()
 
     def kv_bytes(self, tokens: int, itemsize: int, prompt: int | None = None) -> int:
-        return round(self.row_bytes(itemsize) * sum(self.rows(tokens, prompt).values()))
+        return round(self._held_bytes(self.rows(tokens, prompt).values(), itemsize))
 
     def kv_bytes_read_per_token(
         self, context: int, itemsize: int, prompt: int | None = None
     ) -> float:
-        return self.row_bytes(itemsize) * sum(self.reads(context, prompt))
+        return self._held_bytes(self.reads(context, prompt), itemsize)
 
     def first_target(self) -> int:
         return 1
+
+    def _held_bytes(self, rows: Iterable[float], itemsize: int) -> float:
+        """Bytes of KV layers of so many rows each."""
+        each = self.row_bytes(itemsize)
+        return sum(each * held + self.extra_bytes(held, itemsize) for held in rows)
 
     def _fixed(self, rows: int) -> DecoderCost:
         """The same for sequences of so many, which shares are of."""
