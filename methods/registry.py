@@ -25,6 +25,17 @@ ENTRY_POINTS = "kvlab.methods"
 """Where methods outside this repository register."""
 
 
+class MisfitError(MethodError):
+    """A choice that does not go with the others of its method.
+
+    Attributes: value: its name.
+    """
+
+    def __init__(self, value: str, message: str) -> None:
+        super().__init__(message)
+        self.value = value
+
+
 class Registry:
     """Every value and preset that is known: ours, then those of installed entry points."""
 
@@ -150,19 +161,20 @@ def misfits(method: Method, config: DecoderConfig | None = None) -> Iterator[tup
 
 
 def refuse_misfits(method: Method, config: DecoderConfig | None = None) -> None:
-    """Raise a MethodError if choices of the method do not go together; see `misfits`."""
+    """Raise a MisfitError if choices of the method do not go together; see `misfits`."""
     for choice, problem in misfits(method, config):
-        raise MethodError(f"{choice.value.name}: {problem}")
+        raise MisfitError(choice.value.name, f"{choice.value.name}: {problem}")
 
 
 def refuse_unread(method: Method) -> None:
-    """Raise a MethodError if the method chooses on an axis that nothing in it reads."""
+    """Raise a MisfitError if the method chooses on an axis that nothing in it reads."""
     for axis, by in READ_BY.items():
         choice, reader = method.choices.get(axis), method[by].value
         if choice and not choice.is_default and axis not in reader.consumes:
-            raise MethodError(
+            raise MisfitError(
+                choice.value.name,
                 f"{axis} '{choice.value.name}' would change nothing: {by} '{reader.name}' does not "
-                f"read the {axis} axis; leave it out or choose another {by}"
+                f"read the {axis} axis; leave it out or choose another {by}",
             )
 
 

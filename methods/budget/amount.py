@@ -50,6 +50,25 @@ def fixed(method: Method, prompt: int) -> Method:
     return Method(method.label, {**method.choices, "budget": Choice(choice.value, params)})
 
 
+def shortfall(method: Method, prompt: int, unit: str = "tokens") -> str | None:
+    """Return what is wrong where a share of a prompt of so many is less than a layer needs."""
+    params, least = method["budget"].params, least_rows(method)
+    if "budget" not in method["eviction"].value.consumes:
+        return None
+    if isinstance(params, Amount):
+        name, shares = "share", (params.share,) if params.tokens is None else ()
+    else:
+        name, shares = "shares", getattr(params, "shares", ())
+    rows = int(min(shares, default=1.0) * prompt)
+    if not shares or rows >= least:
+        return None
+    return (
+        f"{name}: {min(shares)} of a prompt of {prompt} {unit} is {rows}; "
+        f"{method['eviction'].value.name} keeps at least {least}: "
+        f"give '{method['budget'].value.name}' a larger share, or tokens"
+    )
+
+
 def composes(method: Method, config: DecoderConfig | None) -> Iterator[str]:
     """Yield what is wrong with a budget of rows for the method's eviction."""
     params = method["budget"].params

@@ -51,6 +51,18 @@ def check(params: Prefill, config: DecoderConfig | None) -> Iterator[str]:
         )
 
 
+def composes(method: Method, config: DecoderConfig | None) -> Iterator[str]:
+    """Yield which of the method's choices wants to see the rows that an early exit leaves out."""
+    if not prefill_of(method).early_exit:
+        return
+    for choice in method.choices.values():
+        if choice.value.observes_all:
+            yield (
+                f"early_exit: '{choice.value.name}' decides by every row of every layer, so no "
+                "layer can be left out: remove early_exit"
+            )
+
+
 ENTRIES = (
     Value(
         axis="prefill",
@@ -66,6 +78,7 @@ ENTRIES = (
         params=Prefill,
         paper="2405.05254",
         check=check,
+        composes=composes,
         sources=("kvlab.methods.prefill",),
     ),
 )

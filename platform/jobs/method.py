@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic_core import core_schema
 
 from kvlab import KvlabError
-from kvlab.methods.axis import AXES, TRAIN_TIME, AxisName, Method, Preset, Range, Value
+from kvlab.methods.axis import AXES, TRAIN_TIME, AxisName, Choice, Method, Preset, Range, Value
+from kvlab.methods.budget.amount import shortfall
 from kvlab.methods.decoder.config import DecoderConfig
-from kvlab.methods.registry import REGISTRY, resolve
+from kvlab.methods.registry import REGISTRY, MisfitError, misfits, resolve
 from kvlab.platform.jobs.field import Path, nested, suggest, wrong
 
 When = Literal["train", "run"]
@@ -113,6 +114,10 @@ def parse(written: Any, when: When) -> Method:
     except ValidationError as error:
         first = error.errors()[0]
         raise wrong(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except MisfitError as error:
+        if isinstance(written, str) or error.value not in items:
+            raise wrong(str(error)) from None
+        raise nested([((error.value,), str(error).removeprefix(f"{error.value}: "))]) from None
     except KvlabError as error:
         raise wrong(str(error)) from None
 
@@ -227,6 +232,19 @@ def compatible(
         parent: where the model is converted, the sizes of the parent's own decoder.
     """
     told: set[str] = set()
+    for place, message in _against(method, config, path, trained, parent):
+        if message not in told:
+            yield place, message
+        told.add(message)
+
+
+def _against(
+    method: Method,
+    config: DecoderConfig,
+    path: str,
+    trained: Method | None,
+    parent: DecoderConfig | None,
+) -> Iterator[tuple[str, str]]:
     for axis in AXES:
         choice = method.choices.get(axis)
         if choice is None:
@@ -240,9 +258,31 @@ def compatible(
         if parent is not None and value.convertible is not None:
             problems += value.convertible(params, sizes, parent)
         for message in problems:
-            if message not in told:
-                yield path if choice.is_default else f"{path}.{value.name}", message
-            told.add(message)
+            yield _place(path, choice), message
+    try:
+        sizes = (trained or method).acting(config)
+    except KvlabError:
+        return
+    for choice, message in misfits(method, sizes):
+        yield _place(path, choice), message
+
+
+def short_of(method: Method, trained: Method, prompt: int, path: str) -> Iterator[tuple[str, str]]:
+    """Yield (path of a value, problem) where a share of a prompt is less than an eviction needs.
+
+    Args:
+        method: run-time axes. trained: those that the model was trained with.
+        prompt: tokens that shares are of.
+    """
+    span = trained.span()
+    problem = shortfall(method, -(-prompt // span), "blocks" if span > 1 else "tokens")
+    if problem is not None:
+        budget = method["budget"]
+        yield _place(path, method["eviction"] if budget.is_default else budget), problem
+
+
+def _place(path: str, choice: Choice) -> str:
+    return path if choice.is_default else f"{path}.{choice.value.name}"
 
 
 def _acted_on(axis: AxisName, method: Method, config: DecoderConfig) -> DecoderConfig:

@@ -13,7 +13,7 @@ from kvlab.platform.graph import Resources
 from kvlab.platform.jobs.dtype import Dtype, dtype_of
 from kvlab.platform.jobs.field import nested
 from kvlab.platform.jobs.kind import Kind, Parent, Prediction, References, Settings, Surroundings
-from kvlab.platform.jobs.method import MethodField, axis_sources, canonical, compatible
+from kvlab.platform.jobs.method import MethodField, axis_sources, canonical, compatible, short_of
 from kvlab.platform.jobs.model import MODEL_SOURCES, lineage, method_of
 from kvlab.platform.jobs.quantities import Bytes
 from kvlab.platform.jobs.reference import Many
@@ -67,7 +67,9 @@ class Benchmark(Kind):
     def check(self, settings: Settings, around: Surroundings) -> Iterable[tuple[str, str]]:
         assert isinstance(settings, BenchmarkSettings)
         config, trained = lineage(around.parents["of"])
-        yield from compatible(settings.apply, config, "apply", trained=method_of(trained))
+        made = method_of(trained)
+        yield from compatible(settings.apply, config, "apply", trained=made)
+        yield from short_of(settings.apply, made, settings.prompt, "apply")
         if settings.prompt + settings.generate > config.max_positions:
             yield (
                 "generate",
