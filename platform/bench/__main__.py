@@ -22,9 +22,21 @@ from kvlab import KvlabError
 from kvlab.platform.bench.line import Line
 from kvlab.platform.bench.table import render
 
-BENCHES = ("startup", "dispatch", "metrics", "jobs", "training", "kv_bytes", "decode", "sharing")
+BENCHES = (
+    "startup",
+    "dispatch",
+    "metrics",
+    "jobs",
+    "training",
+    "kv_bytes",
+    "decode",
+    "sharing",
+    "eviction",
+    "squeeze",
+    "kvpress",
+)
 """Modules beside this one; each has `run() -> list[Line]`."""
-ON_GPU = ("training", "kv_bytes", "decode", "sharing")
+ON_GPU = ("training", "kv_bytes", "decode", "sharing", "eviction", "squeeze")
 """Those whose `run` takes a device and a dtype."""
 
 

@@ -150,6 +150,9 @@ def overall(ratios: Sequence[float]) -> Line:
 
 def write(folder: Path) -> None:
     """Write a checkpoint of random weights, as transformers does."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.manual_seed(0)
     model = training.llama(DecoderConfig(vocab_size=VOCABULARY, **SIZES))
     for weights in model.parameters():

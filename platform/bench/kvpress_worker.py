@@ -35,6 +35,8 @@ class Worker:
         torch.set_num_threads(threads)
         self.kvpress: Any = importlib.import_module("kvpress")
         self.transformers: Any = importlib.import_module("transformers")
+        self.transformers.utils.logging.disable_progress_bar()
+        self.transformers.utils.logging.set_verbosity_error()
         self.model: Any = self.transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=torch.float32, attn_implementation="sdpa"
         ).eval()

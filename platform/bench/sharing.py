@@ -58,7 +58,10 @@ def decode(
         model.start(prompts, new_tokens=GENERATE * (WARMUP + REPEATS)) for model in (shared, full)
     ]
     mine, other = interleaved(
-        lambda: go_on(sessions[0]), lambda: go_on(sessions[1]), warmup=WARMUP, repeats=REPEATS
+        lambda: go_on(sessions[0], GENERATE),
+        lambda: go_on(sessions[1], GENERATE),
+        warmup=WARMUP,
+        repeats=REPEATS,
     )
     found = summarise([b / a for a, b in zip(mine, other, strict=True)])
     tokens = batch * GENERATE
@@ -73,8 +76,9 @@ def decode(
     )
 
 
-def go_on(session: Session) -> None:
-    for _ in range(GENERATE):
+def go_on(session: Session, steps: int) -> None:
+    """Generate so many tokens more, greedily, and wait for them."""
+    for _ in range(steps):
         session.step(session.logits.argmax(-1))
     settle(session.logits)
 
