@@ -25,6 +25,8 @@ def source(source: Mapping[str, Any], layout: str = "text") -> str:
     kind = source["kind"]
     if kind == "python":
         return python_text.fingerprint()
+    if kind == "recall":
+        return sha256(json.dumps(dict(source), sort_keys=True).encode()).hexdigest()
     if kind == "text":
         path = Path(source["path"])
         return _files([(path.suffix, path)])  # which says how the file is read

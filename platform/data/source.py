@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kvlab.platform.data import files, hub, python_text
+from kvlab.platform.data import files, hub, python_text, recall
 from kvlab.platform.data.documents import DataError, Document
 
 
@@ -14,7 +14,8 @@ def documents(source: Mapping[str, Any], layout: str = "text") -> Iterator[Docum
     """Yield a source's documents lazily and in a fixed order.
 
     Args:
-        source: {"kind": "python" | "text" | "folder" | "hub", ...} as the data job's spec has it.
+        source: {"kind": "python" | "recall" | "text" | "folder" | "hub", ...} as the data job's
+            spec has it.
         layout: "text", or "chat" where each record is a conversation.
 
     Raises:
@@ -26,6 +27,8 @@ def documents(source: Mapping[str, Any], layout: str = "text") -> Iterator[Docum
         if chat:
             raise DataError("source python: holds no conversations; use format: text")
         return python_text.documents()
+    if kind == "recall":
+        return recall.documents(source)
     if kind == "text":
         return files.of_file(Path(source["path"]), source.get("column"), chat)
     if kind == "folder":
@@ -33,4 +36,4 @@ def documents(source: Mapping[str, Any], layout: str = "text") -> Iterator[Docum
         return files.of_folder(Path(source["path"]), pattern, source.get("column"), chat)
     if kind == "hub":
         return hub.documents(source, chat)
-    raise DataError(f"data source '{kind}': must be python, text, folder or hub")
+    raise DataError(f"data source '{kind}': must be python, recall, text, folder or hub")

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from kvlab.platform.data import vocabulary
 from kvlab.platform.data.documents import DataError
+from kvlab.platform.data.recall import Symbols
 from kvlab.platform.data.vocabulary import END_OF_TEXT
 
 if TYPE_CHECKING:
@@ -27,13 +28,16 @@ class Coder:
         tokenizer: the `tokenizers` object, whose JSON is published with the data.
         begin: the id that begins a document, where the tokenizer itself puts one in front of text.
         end: the id that ends a document. size: ids a model needs.
+
+    Args:
+        widths: bytes per id [size], where they are known; they are checked against every text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, end: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, end: int, widths: Ints | None = None) -> None:
         self.tokenizer, self.end = tokenizer, end
         self.begin = _begin(tokenizer)
         self.size = max(tokenizer.get_vocab().values()) + 1
-        self._widths = _widths(tokenizer, self.size)
+        self._widths = _widths(tokenizer, self.size) if widths is None else widths
 
     @property
     def opening(self) -> tuple[Ints, Ints]:
@@ -66,7 +70,8 @@ def make(settings: Mapping[str, Any], sample: Iterable[str]) -> Coder:
     """Return the tokenizer of a data job: trained on `sample`, read from a path, or plain bytes.
 
     Args:
-        settings: {"bpe": size}, {"path": tokenizer.json or a folder with one} or {"bytes": true}.
+        settings: {"bpe": size}, {"path": tokenizer.json or a folder with one}, {"bytes": true}, or
+            {"recall": words of each kind} for the vocabulary of `kvlab.platform.data.recall`.
 
     Raises:
         DataError: the path holds no usable tokenizer.
@@ -80,6 +85,11 @@ def make(settings: Mapping[str, Any], sample: Iterable[str]) -> Coder:
             return Coder(Tokenizer.from_file(str(vocabulary.file_of(path))), end)
         except Exception as error:  # the Rust side raises bare Exception
             raise DataError(f"tokenizer {path}: {error}") from None
+    if "recall" in settings:
+        words = Symbols(**settings["recall"]).words()
+        # A space ends every word; the first is no text.
+        widths = [0, *(len(word) + 1 for word in words[1:])]
+        return Coder(_by_word(words), end=0, widths=np.asarray(widths, dtype=np.int32))
     return Coder(_byte_level(None if settings.get("bytes") else settings["bpe"], sample), end=0)
 
 
@@ -106,6 +116,17 @@ def _byte_level(size: int | None, sample: Iterable[str]) -> Tokenizer:
         tokenizer.train_from_iterator(sample, trainer)
     # Text that spells the end token is text: it must not end a document.
     tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _by_word(words: Sequence[str]) -> Tokenizer:
+    """One token per word, told apart by spaces; the first ends a document."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    ids = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([words[0]])
     return tokenizer
 
 

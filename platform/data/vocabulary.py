@@ -47,8 +47,13 @@ def size(tokenizer: Mapping[str, Any]) -> int:
     """Return how many ids a model needs for a data job's tokenizer.
 
     Args:
-        tokenizer: {"bpe": size}, {"bytes": true} or {"path": file or folder}.
+        tokenizer: {"bpe": size}, {"bytes": true}, {"recall": words of each kind} or
+            {"path": file or folder}.
     """
+    if "recall" in tokenizer:
+        from kvlab.platform.data.recall import Symbols
+
+        return len(Symbols(**tokenizer["recall"]).words())
     if "bpe" in tokenizer:
         return int(tokenizer["bpe"])
     if tokenizer.get("bytes"):

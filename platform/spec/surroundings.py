@@ -10,7 +10,7 @@ from typing import Any
 from kvlab import KvlabError
 from kvlab.platform.data import vocabulary
 from kvlab.platform.data.files import matching
-from kvlab.platform.jobs.data.settings import DataSettings, Tokenizer, resolve_source
+from kvlab.platform.jobs.data.settings import DataSettings, resolve_source
 from kvlab.platform.jobs.model import resolve_model
 from kvlab.platform.spec.contents import Contents
 from kvlab.platform.spec.workflow import Workflow
@@ -28,8 +28,9 @@ def shared_data(workflow: Workflow, folder: Path, contents: Contents) -> dict[st
     if settings is None:
         return shared
     assert isinstance(settings, DataSettings)
-    source = resolve_source(settings.source, settings.format, folder)
-    shared |= {"sequence_length": settings.sequence_length, "source": source}
+    length = settings.sequence_length
+    source = resolve_source(settings.source, settings.format, folder, length)
+    shared |= {"sequence_length": length, "source": source}
     try:
         _readable(source, settings.format)
         shared["fingerprint"] = contents.source(source, settings.format)
@@ -38,7 +39,7 @@ def shared_data(workflow: Workflow, folder: Path, contents: Contents) -> dict[st
     except OSError as error:
         workflow.blame(("data", "source"), f"cannot be read: {error}")
     try:
-        shared["tokenizer"] = _tokenizer(settings.tokenizer, workflow, folder, contents)
+        shared["tokenizer"] = _tokenizer(settings, workflow, folder, contents)
         shared["vocab_size"] = vocabulary.size(shared["tokenizer"])
     except KvlabError as error:
         if settings.tokenizer is not None or not _wrong_checkpoint(workflow, shared):
@@ -86,8 +87,8 @@ def _located(message: str, raw: Any) -> Iterator[tuple[tuple[str, ...], str]]:
 
 def _readable(source: Mapping[str, Any], layout: str) -> None:
     kind = source["kind"]
-    if kind == "python" and layout == "chat":
-        raise KvlabError("python holds no conversations: use format: text")
+    if kind in ("python", "recall") and layout == "chat":
+        raise KvlabError(f"{kind} holds no conversations: use format: text")
     if kind == "text" and not Path(source["path"]).is_file():
         raise KvlabError(f"there is no file '{source['path']}'")
     if kind == "folder":
@@ -95,8 +96,13 @@ def _readable(source: Mapping[str, Any], layout: str) -> None:
 
 
 def _tokenizer(
-    settings: Tokenizer | None, workflow: Workflow, folder: Path, contents: Contents
+    data: DataSettings, workflow: Workflow, folder: Path, contents: Contents
 ) -> dict[str, Any]:
+    settings, recall = data.tokenizer, data.source.recall
+    if recall is not None:
+        if settings is not None:
+            raise KvlabError("recall brings its own vocabulary: leave tokenizer out")
+        return {"recall": recall.symbols()}
     if settings is None:
         model = workflow.top.get("model")
         checkpoint = getattr(model, "checkpoint", None)

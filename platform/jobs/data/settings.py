@@ -14,7 +14,7 @@ from kvlab.platform.jobs.field import nested, wrong
 from kvlab.platform.jobs.kind import Kind, Settings, Surroundings
 from kvlab.platform.jobs.quantities import Count
 
-SOURCES = ("python", "text", "folder", "hub")
+SOURCES = ("python", "recall", "text", "folder", "hub")
 TOKENIZERS = ("bpe", "path", "bytes")
 _DETAILS = {
     "pattern": ("folder",),
@@ -25,10 +25,32 @@ _DETAILS = {
 }
 
 
+class Recall(Settings):
+    """`recall: {}`: seeded documents of keys and values; see docs/data.md."""
+
+    documents: int = Field(default=8000, ge=2, le=10_000_000)
+    keys: int = Field(default=64, ge=2, le=65536)
+    values: int = Field(default=64, ge=2, le=65536)
+    filler: int = Field(default=32, ge=1, le=65536)
+    pairs: int = Field(default=32, ge=1, le=65536)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _enough(self) -> Recall:
+        if self.pairs > self.keys:
+            raise nested([(("pairs",), f"must be at most keys ({self.keys}), found {self.pairs}")])
+        return self
+
+    def symbols(self) -> dict[str, int]:
+        """The words of each kind: what its tokenizer knows."""
+        return {"keys": self.keys, "values": self.values, "filler": self.filler}
+
+
 class Source(Settings):
-    """`python`, `{text: FILE}`, `{folder: DIR, pattern: GLOB}` or `{hub: NAME, split: SPLIT}`."""
+    """`python`, `{recall: {...}}`, `{text: FILE}`, `{folder: DIR}` or `{hub: NAME}`."""
 
     python: Literal[True] | None = None
+    recall: Recall | None = None
     text: str | None = None
     folder: str | None = None
     pattern: str | None = None
@@ -44,15 +66,17 @@ class Source(Settings):
         written["properties"].pop("python", None)
         whole = dict(written)
         whole["oneOf"] = [{"required": [kind]} for kind in SOURCES if kind != "python"]
-        return {"anyOf": [{"const": "python"}, whole]}
+        return {"anyOf": [{"enum": ["python", "recall"]}, whole]}
 
     @model_validator(mode="before")
     @classmethod
     def _named(cls, written: Any) -> Any:
         if written == "python":
             return {"python": True}
+        if written == "recall":
+            return {"recall": {}}
         if not isinstance(written, Mapping):
-            raise wrong("must be python, {text: FILE}, {folder: DIR} or {hub: NAME}")
+            raise wrong("must be python, recall, {text: FILE}, {folder: DIR} or {hub: NAME}")
         return written
 
     @model_validator(mode="after")
@@ -125,10 +149,15 @@ class Data(Kind):
         return ("tokenizers", *streamed)
 
 
-def resolve_source(source: Source, layout: str, folder: Path) -> dict[str, Any]:
+def resolve_source(
+    source: Source, layout: str, folder: Path, sequence_length: int
+) -> dict[str, Any]:
     """Return the `source` part of a data job's spec; paths start from `folder`."""
     if source.python:
         return {"kind": "python"}
+    if source.recall is not None:
+        # With its end of text, a document fills a row: no question reaches into another document.
+        return {"kind": "recall", "length": sequence_length - 1, **source.recall.model_dump()}
     if source.text is not None:
         found: dict[str, Any] = {"kind": "text", "path": str((folder / source.text).absolute())}
     elif source.folder is not None:

@@ -1,0 +1,134 @@
+"""A synthetic corpus on which a tiny model learns to look things up in its past.
+
+Associative recall as in Arora et al. (arXiv 2312.04927): pairs of a key and a value stand among
+filler, and whenever a key comes again its value is the answer. Every key, value and filler is one
+token, keys and values are paired anew in every document, so nothing but the past tells an answer.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kvlab.platform.data import vocabulary
+from kvlab.platform.data.documents import Document, Segment
+from kvlab.platform.data.vocabulary import END_OF_TEXT
+
+KINDS = ("key", "value", "filler")
+END = "."
+"""The last word of a document: after it comes the end of text."""
+LONGEST_RUN = 24
+"""Words of filler in a row at most."""
+_WORD = re.compile(rf"({'|'.join(KINDS)})(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Symbols:
+    """How many words of each kind there are: `key0`, `key1`, ..., `value0`, ..., `filler0`, ..."""
+
+    keys: int
+    values: int
+    filler: int
+
+    def words(self) -> list[str]:
+        """Every token of the vocabulary, in the order of the ids."""
+        counts = zip(KINDS, (self.keys, self.values, self.filler), strict=True)
+        return [END_OF_TEXT, END, *(f"{kind}{i}" for kind, count in counts for i in range(count))]
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def symbols_of(tokenizer: Path) -> Symbols | None:
+    """Return the words of a recall corpus's tokenizer.json; None where it is any other."""
+    tokens = vocabulary.tokens_of(tokenizer)
+    counts = dict.fromkeys(KINDS, 0)
+    for token in tokens:
+        if match := _WORD.fullmatch(token):
+            counts[match[1]] += 1
+    found = Symbols(counts["key"], counts["value"], counts["filler"])
+    return found if set(found.words()) == set(tokens) else None
+
+
+def documents(source: Mapping[str, Any]) -> Iterator[Document]:
+    """Yield seeded documents of `length` words each; see `Writing` for what stands in them.
+
+    Args:
+        source: documents, length (words), keys, values, filler (words of each kind), pairs (in a
+            document at most), seed.
+    """
+    for number in range(source["documents"]):
+        draw = random.Random(f"{source['seed']} {number}")
+        yield Writing(source, draw).document()
+
+
+class Writing:
+    """A document in the making: clumps of new pairs, filler, and runs of questions, in any order.
+
+    A run asks for a pair and for those that were introduced after it. Only what the past decides
+    counts: the values in runs, and the keys by which a run goes on.
+    """
+
+    def __init__(self, source: Mapping[str, Any], draw: random.Random) -> None:
+        self._source, self._draw = source, draw
+        self._left = source["length"] - 1
+        # Few pairs are learnt first, many are what is wanted.
+        self._pairs = max(1, source["pairs"] // draw.choice((1, 2, 4)))
+        self._filler = draw.choice((0.0, 0.1, 0.3))
+        self._keys = draw.sample(range(source["keys"]), self._pairs)
+        self._known: list[tuple[str, str]] = []
+        self._words: list[tuple[str, bool]] = []
+
+    def document(self) -> Document:
+        while self._left > 0:
+            kind = self._draw.random()
+            if not self._known or (kind < 0.35 and len(self._known) < self._pairs):
+                self._introduce(self._draw.randint(1, 4))
+            elif kind > 1 - self._filler:
+                self._fill(self._draw.randint(1, LONGEST_RUN))
+            else:
+                self._ask()
+        self._left = 1
+        self._write(END, counts=False)
+        return tuple(self._segments())
+
+    def _introduce(self, count: int) -> None:
+        for key in self._keys[len(self._known) :][:count]:
+            pair = f"key{key}", f"value{self._draw.randrange(self._source['values'])}"
+            self._known.append(pair)
+            for word in pair:
+                self._write(word, counts=False)
+
+    def _fill(self, count: int) -> None:
+        for _ in range(count):
+            self._write(f"filler{self._draw.randrange(self._source['filler'])}", counts=False)
+
+    def _ask(self) -> None:
+        first = self._draw.randrange(len(self._known))
+        for place in range(first, len(self._known)):
+            key, value = self._known[place]
+            self._write(key, counts=place > first)
+            self._write(value, counts=True)
+            if self._draw.random() < 0.5:
+                return
+
+    def _write(self, word: str, *, counts: bool) -> None:
+        if self._left > 0:
+            self._left -= 1
+            self._words.append((word, counts))
+
+    def _segments(self) -> Iterator[Segment]:
+        """Words that count alike are one segment; a space ends every word."""
+        held: list[str] = []
+        counted = False
+        for word, counts in self._words:
+            if held and counts != counted:
+                yield Segment("".join(held), counted)
+                held = []
+            counted = counts
+            held.append(f"{word} ")
+        yield Segment("".join(held), counted)
