@@ -28,7 +28,7 @@ def command(
     """Write a model with its tokenizer as a Hugging Face checkpoint folder."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise KvlabError(f"{folder}: is there and not an empty folder: name a new one")
-    source = Path(model) if Path(model).is_dir() else _published(model, workflow)
+    source = Path(model) if Path(model).is_dir() else published(model, workflow)
     from kvlab.methods.decoder.huggingface.writer import write_checkpoint
     from kvlab.methods.store import load
     from kvlab.platform.artifacts import remove
@@ -51,7 +51,7 @@ def command(
     print(f"{folder}: {architecture}")
 
 
-def _published(job: str, workflow: str | None) -> Path:
+def published(job: str, workflow: str | None) -> Path:
     """The folder that one job of a workflow published."""
     from kvlab.db.store import Store
     from kvlab.platform.cli.which import find

@@ -125,17 +125,18 @@ def _cells(job: RunningJob) -> tuple[Text, ...]:
     name = Text(job.name, "bold")
     elapsed = max(0.001, time.time() - job.since)
     if job.progress is None or job.progress[1] <= 0:
-        return (name, Text(""), Text(_clock(elapsed)), Text(""), Text(""))
+        return (name, Text(""), Text(clock(elapsed)), Text(""), Text(""))
     done, total, note = job.progress
     share = min(1.0, done / total)
     filled = round(20 * share)
     bar = Text("━" * filled, "cyan").append("━" * (20 - filled), "dim")
     rate = done / elapsed
-    left = f"{_clock((total - done) / rate)} left" if rate > 0 else ""
+    left = f"{clock((total - done) / rate)} left" if rate > 0 else ""
     return (name, bar, Text(f"{share:4.0%}"), Text(f"{_short(rate)}/s  {left}"), Text(note))
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as 1:05, or 1:01:05."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

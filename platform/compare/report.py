@@ -46,7 +46,7 @@ def render(comparison: Comparison, curves: Mapping[str, Curve]) -> str:
         lstrip_blocks=True,
     )
     drawn = charts(comparison, curves)
-    figures = _json({chart.id: {"data": chart.data, "layout": chart.layout} for chart in drawn})
+    figures = embedded({chart.id: {"data": chart.data, "layout": chart.layout} for chart in drawn})
     library = get_plotlyjs() if drawn else ""
     script = DRAW if drawn else ""
     sheets = [main_sheet(comparison), *further_sheets(comparison)] if comparison.arms else []
@@ -66,16 +66,18 @@ def render(comparison: Comparison, curves: Mapping[str, Curve]) -> str:
         figures=Markup(figures),  # noqa: S704
         library=Markup(library),  # noqa: S704
         script=Markup(script),  # noqa: S704
-        hashes=" ".join(f"'sha256-{_hash(text)}'" for text in (library, script) if text),
+        hashes=" ".join(f"'sha256-{script_hash(text)}'" for text in (library, script) if text),
     )
 
 
-def _json(value: Any) -> str:
+def embedded(value: Any) -> str:
+    """JSON in which no tag of a page can begin or end."""
     text = json.dumps(value, allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _hash(text: str) -> str:
+def script_hash(text: str) -> str:
+    """What a page's policy knows a script by."""
     return b64encode(sha256(text.encode()).digest()).decode()
 
 
