@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -16,6 +17,8 @@ from kvlab.platform.jobs.flops import (
 )
 from kvlab.platform.jobs.kind import Prediction
 
+OF_WINDOWS = frozenset({"perplexity", "loss_by_position"})
+OF_QUESTIONS = frozenset({"recall", "multi_turn"})
 ITEMSIZE = 4
 """Bytes of a cached value where `dtype` is left to the device: a CPU keeps float32."""
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -39,21 +42,62 @@ def training(
 
 
 def scoring(config: DecoderConfig, method: Canonical, spec: Mapping[str, Any]) -> Prediction:
-    """Predict an evaluate job, which scores in one go."""
-    cost, length = cost_under(config, method, spec["apply"]), spec["sequence_length"]
-    itemsize = ITEMSIZES.get(spec["dtype"], ITEMSIZE)
-    flops = forward_flops_per_token(cost, length) * spec["tokens"]
-    return _predicted(cost, length, flops, itemsize)
+    """Predict an evaluate job: each of its metrics that has work of its own.
+
+    Of divergence, generation until the last token; of recall, the prompts and no answers.
+    """
+    full, cost = cost_under(config, method), cost_under(config, method, spec["apply"])
+    length, itemsize = spec["sequence_length"], ITEMSIZES.get(spec["dtype"], ITEMSIZE)
+    batches = math.ceil(spec["tokens"] / length / spec["batch_size"])
+    flops, steps = 0.0, 0
+    if OF_WINDOWS.intersection(spec["metrics"]):
+        flops += forward_flops_per_token(cost, length) * spec["tokens"]
+        each = _score_steps(cost, length)
+        steps += 0 if each == 1 else each * batches
+    if asked := spec.get("divergence"):
+        prompt, generate = asked["prompt"], asked["generate"]
+        once = sum(_continued(each, prompt, length - prompt, generate) for each in (full, cost))
+        flops += once * spec["tokens"] / length
+        steps += 2 * (length - prompt + generate) * batches
+    if asked := spec.get("recall"):
+        ways = len(OF_QUESTIONS.intersection(spec["metrics"]))
+        cells = len(asked["tasks"]) * len(asked["depths"]) * asked["samples"] * ways
+        flops += cells * sum(
+            each.prefill_flops(rows) for rows in asked["lengths"] for each in (full, cost)
+        )
+    return _predicted(cost, length, flops, itemsize, steps=steps)
 
 
 @lru_cache(maxsize=4096)
-def _predicted(cost: Cost, tokens: int, flops: float, itemsize: int) -> Prediction:
+def _score_steps(cost: Cost, length: int) -> int:
+    return cost.score_steps(length)
+
+
+@lru_cache(maxsize=4096)
+def _continued(cost: Cost, prompt: int, given: int, generated: int) -> float:
+    """FLOPs of two sessions over one prompt: one is given the tokens that follow."""
+    return sum(
+        cost.prefill_flops(prompt) + rows * cost.decode_flops(prompt + rows // 2, prompt)
+        for rows in (given, generated)
+    )
+
+
+@lru_cache(maxsize=4096)
+def _predicted(
+    cost: Cost,
+    tokens: int,
+    flops: float,
+    itemsize: int,
+    prompt: int | None = None,
+    steps: int = 0,
+) -> Prediction:
     """Predict a job of so many FLOPs whose sequences have so many tokens."""
     return Prediction(
         parameters=cost.total_parameters(),
         body_parameters=cost.body_parameters(),
         flops=flops,
-        kv_bytes_per_token=cost.kv_bytes_per_token(tokens, itemsize),
+        kv_bytes_per_token=cost.kv_bytes_per_token(tokens, itemsize, prompt),
+        steps=steps,
     )
 
 
@@ -67,5 +111,6 @@ def generating(config: DecoderConfig, method: Canonical, spec: Mapping[str, Any]
 
 @lru_cache(maxsize=4096)
 def _generated(cost: Cost, prompt: int, generate: int, runs: int, itemsize: int) -> Prediction:
-    once = cost.prefill_flops(prompt) + generate * cost.decode_flops(prompt + generate // 2)
-    return _predicted(cost, prompt + generate, once * runs, itemsize)
+    step = cost.decode_flops(prompt + generate // 2, prompt)
+    once = cost.prefill_flops(prompt) + generate * step
+    return _predicted(cost, prompt + generate, once * runs, itemsize, prompt)

@@ -24,13 +24,17 @@ class Settings(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What a job will cost and what its model holds, before it runs. None: does not apply."""
+    """What a job will cost and what its model holds, before it runs. None: does not apply.
+
+    steps: passes of one token each that wait for one another, where it scores token by token.
+    """
 
     parameters: int | None = None
     body_parameters: int | None = None
     flops: float | None = None
     kv_bytes_per_token: float | None = None
     seconds: float | None = None
+    steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)

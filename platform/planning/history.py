@@ -18,6 +18,8 @@ CORE_FLOPS = 20e9
 """Assumed FLOPs per second of one CPU core."""
 GPU_FLOPS = 100e12
 """Assumed FLOPs per second of one GPU."""
+STEP_SECONDS = 5e-3
+"""Assumed of a pass that waits for the one before, on top of its FLOPs."""
 NEWEST = 2_000
 """Finished jobs that are looked at."""
 SAME_SIZE = 0.02
@@ -40,7 +42,8 @@ class Duration:
 
 @dataclass(slots=True)
 class History:
-    """Finished jobs by kind: (FLOPs predicted for them, seconds they took)."""
+    """Finished jobs by kind, and by whether they went step by step: (FLOPs predicted for them,
+    seconds they took)."""
 
     seen: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
@@ -55,17 +58,18 @@ class History:
             if job.seconds is None or parent is None:
                 continue
             try:
-                flops = KINDS[job.kind].predict(parent.spec, parent.parents).flops
+                prediction = KINDS[job.kind].predict(parent.spec, parent.parents)
             except (KvlabError, KeyError, ValueError):
                 continue  # written by another version, or its checkpoint is gone
-            history.seen.setdefault(job.kind, []).append((flops or 0.0, job.seconds))
+            seen = history.seen.setdefault(_class(job.kind, prediction), [])
+            seen.append((prediction.flops or 0.0, job.seconds))
         return history
 
     def predict(self, kind: str, prediction: Prediction, resources: Resources) -> Duration | None:
         """Return how long a job will take; None where nothing is known."""
         if prediction.seconds is not None:
             return Duration(prediction.seconds, "assumed rate")
-        seen = self.seen.get(kind, [])
+        seen = self.seen.get(_class(kind, prediction), [])
         flops = prediction.flops
         if flops is None:
             return Duration(median(s for _, s in seen), "like jobs") if seen else None
@@ -76,7 +80,13 @@ class History:
         if near:
             rate = sum(f for f, _ in near) / max(sum(s for _, s in near), 1e-3)
             return Duration(flops / rate, "rate of its kind")
-        return Duration(flops / assumed_rate(resources), "assumed rate")
+        waiting = prediction.steps * STEP_SECONDS
+        return Duration(flops / assumed_rate(resources) + waiting, "assumed rate")
+
+
+def _class(kind: str, prediction: Prediction) -> str:
+    """What is comparable in its rate: waiting for a step costs more than its FLOPs."""
+    return f"{kind} step by step" if prediction.steps else kind
 
 
 def assumed_rate(resources: Resources) -> float:

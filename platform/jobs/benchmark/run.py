@@ -19,6 +19,8 @@ from kvlab.platform.jobs.benchmark.median import summarise
 from kvlab.platform.jobs.context import Context, Stopped
 from kvlab.platform.jobs.dtype import torch_dtype
 
+SHORT = 0.02
+"""Share of its predicted bytes that a cache may lack: some budgets are predicted as means."""
 ENOUGH = 5
 """Repeats from which a median's interval is worth printing (93.75 % at five)."""
 
@@ -85,6 +87,11 @@ class Bench:
     ) -> None:
         self.model, self.spec, self.context, self.device = model, spec, context, device
         self.apply = from_dict(spec["apply"]) if spec["apply"] else None
+        if spec.get("budgets") and self.apply is not None:
+            from kvlab.platform.jobs.calibrate.fixed import calibrated
+
+            rows = -(-spec["prompt"] // model.method.span())
+            self.apply = calibrated(self.apply, context.inputs["budgets"], rows)
         self.cost = _cost(model, self.apply)
         # A block in the making is not in the cache yet.
         self.least = spec["prompt"] + spec["generate"] - model.method.span() + 1
@@ -103,7 +110,8 @@ class Bench:
         asked = batch * (spec["prompt"] + spec["generate"])
         self.as_asked &= found.kv_tokens == asked
         self.as_asked &= found.ids.shape == (batch, spec["generate"])
-        self.as_asked &= found.kv_bytes >= batch * self.cost.kv_bytes(self.least, self.itemsize)
+        predicted = self.cost.kv_bytes(self.least, self.itemsize, spec["prompt"])
+        self.as_asked &= found.kv_bytes >= (1 - SHORT) * batch * predicted
         return found
 
     def row(self, batch: int) -> dict[str, Any]:
@@ -135,7 +143,9 @@ class Bench:
             "kv_bytes": last.kv_bytes,
             "kv_tokens": last.kv_tokens,
             "kv_bytes_per_token": last.kv_bytes / last.kv_tokens,
-            "kv_bytes_per_token_predicted": self.cost.kv_bytes_per_token(length, self.itemsize),
+            "kv_bytes_per_token_predicted": self.cost.kv_bytes_per_token(
+                length, self.itemsize, spec["prompt"]
+            ),
             "peak_memory_bytes": peak.bytes() + weights,
             "peak_memory_source": peak.source if not weights else f"weights + {peak.source}",
         }

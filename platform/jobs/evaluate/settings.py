@@ -10,12 +10,13 @@ from pydantic import Field
 from kvlab.methods.axis import Method
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.registry import resolve
+from kvlab.platform.jobs.calibrate import budgets
 from kvlab.platform.jobs.dtype import Dtype, dtype_of
 from kvlab.platform.jobs.kind import Kind, Parent, Prediction, References, Settings, Surroundings
 from kvlab.platform.jobs.method import MethodField, axis_sources, canonical, compatible, short_of
 from kvlab.platform.jobs.model import MODEL_SOURCES, lineage, method_of
 from kvlab.platform.jobs.quantities import Count
-from kvlab.platform.jobs.reference import Many
+from kvlab.platform.jobs.reference import Many, One
 
 Metric = Literal["perplexity", "loss_by_position", "divergence", "recall", "multi_turn"]
 Task = Literal["passkey", "associative_recall"]
@@ -49,6 +50,7 @@ class EvaluateSettings(Settings):
     of: Many
     metrics: Annotated[tuple[Metric, ...], Field(strict=False, min_length=1)] = ("perplexity",)
     apply: Annotated[Method, MethodField("run")] = Field(default_factory=lambda: resolve({}))
+    budgets: One | None = None
     sequence_length: int | None = Field(default=None, ge=2, le=2**20)
     tokens: Count = Field(default=100_000, ge=1)
     prompt: int | None = Field(default=None, ge=1, le=2**20)
@@ -63,7 +65,7 @@ class Evaluate(Kind):
 
     name = "evaluate"
     settings = EvaluateSettings
-    references: ClassVar[References] = {"of": "many"}
+    references: ClassVar[References] = {"of": "many", budgets.ROLE: "one"}
     needs_data = True
 
     def resolve(self, settings: Settings, around: Surroundings) -> dict[str, Any]:
@@ -79,6 +81,8 @@ class Evaluate(Kind):
             "dtype": dtype_of(settings.dtype, around),
             "seed": around.seed,
         }
+        if settings.budgets is not None:
+            spec[budgets.ROLE] = True
         if "divergence" in settings.metrics:
             prompt = settings.prompt or length // 2
             generate = settings.generate or length - prompt
@@ -97,7 +101,8 @@ class Evaluate(Kind):
         length = settings.sequence_length or around.data["sequence_length"]
         made = method_of(trained)
         yield from compatible(settings.apply, config, "apply", trained=made)
-        yield from short_of(settings.apply, made, length, "apply")
+        yield from short_of(settings.apply, made, _shortest(settings, length), "apply")
+        yield from budgets.problems(settings.apply, around)
         span = made.span()
         if length % span or length < 2 * span:
             yield (
@@ -124,6 +129,7 @@ class Evaluate(Kind):
             "kvlab.platform.jobs.evaluate",
             *MODEL_SOURCES,
             *axis_sources(method_of(spec["apply"])),
+            *budgets.sources(spec),
         )
 
     def predict(self, spec: Mapping[str, Any], parents: Mapping[str, Parent]) -> Prediction:
@@ -141,6 +147,16 @@ def _recall(settings: EvaluateSettings, length: int) -> RecallSettings:
     """The questions as they are asked: by default at half the window and at all of it."""
     written = settings.recall or RecallSettings()
     return written.model_copy(update={"lengths": written.lengths or (max(8, length // 2), length)})
+
+
+def _shortest(settings: EvaluateSettings, length: int) -> int:
+    """The least text that a budget's share is of: a window, a prompt or a question."""
+    texts = [length]
+    if "divergence" in settings.metrics:
+        texts.append(settings.prompt or length // 2)
+    if asks(settings):
+        texts += _recall(settings, length).lengths or ()
+    return min(texts)
 
 
 def _first_target(around: Surroundings) -> int:

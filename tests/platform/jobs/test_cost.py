@@ -14,6 +14,14 @@ from kvlab.platform.jobs.cost import generating, scoring, training
 CONFIG = DecoderConfig(vocab_size=64, **llama(32, 6, 4, 2, 88))
 UPWARD = resolve({"cross_layer": {"layout": "sandwich_top", "kv_layers": 3}}).to_dict()
 ROWS = 16
+SCORED = {
+    "metrics": ["perplexity"],
+    "sequence_length": ROWS,
+    "tokens": 1,
+    "batch_size": 1,
+    "dtype": "float32",
+    "apply": {},
+}
 
 
 def spec(**changes: Any) -> dict[str, Any]:
@@ -28,7 +36,7 @@ def trained(teacher: tuple[DecoderConfig, dict[str, Any]] | None = None, **chang
 
 
 def scored(method: dict[str, Any], apply: dict[str, Any] | None = None) -> float:
-    said = {"apply": apply or {}, "sequence_length": ROWS, "tokens": 1, "dtype": "float32"}
+    said = {**SCORED, "apply": apply or {}}
     flops = scoring(CONFIG, method, said).flops
     assert flops is not None
     return flops
