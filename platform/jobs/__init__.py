@@ -21,6 +21,7 @@ OURS = {
     "data": "kvlab.platform.jobs.data.settings:Data",
     "train": "kvlab.platform.jobs.train.settings:Train",
     "uptrain": "kvlab.platform.jobs.uptrain.settings:Uptrain",
+    "calibrate": "kvlab.platform.jobs.calibrate.settings:Calibrate",
     "evaluate": "kvlab.platform.jobs.evaluate.settings:Evaluate",
     "benchmark": "kvlab.platform.jobs.benchmark.settings:Benchmark",
     "noop": "kvlab.platform.jobs.noop.settings:Noop",

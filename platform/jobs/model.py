@@ -25,6 +25,8 @@ SIZES = ("width", "layers", "heads")
 MODEL_SOURCES = (
     "kvlab.kernels",
     "kvlab.methods.axis",
+    "kvlab.methods.budget.amount",
+    "kvlab.methods.budget.budget",
     "kvlab.methods.build",
     "kvlab.methods.cache",
     "kvlab.methods.cost",
@@ -50,6 +52,7 @@ Modules of the decoder one by one: what writes checkpoints for others makes no m
 
 CHECKPOINT_SOURCES = (
     "kvlab.methods.sharing.layer_types",
+    "kvlab.platform.jobs.checkpoint",
     *(
         f"kvlab.methods.decoder.huggingface.{name}"
         for name in (

@@ -276,9 +276,9 @@ class Expansion:
         seen: set[tuple[str, str]] = set()
         for draft in drafts:
             for role, name in draft.parents.items():
-                if role != IMPLICIT and (role, name) not in seen:
+                parent = self.parents[name]
+                if KINDS[parent.kind].produces_model and (role, name) not in seen:
                     seen.add((role, name))
-                    parent = self.parents[name]
                     distinct.setdefault(role, {}).setdefault(model_key(parent), parent)
         return {role: tuple(parents.values()) for role, parents in distinct.items()}
 

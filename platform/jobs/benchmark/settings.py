@@ -10,13 +10,14 @@ from pydantic import Field, model_validator
 from kvlab.methods.axis import Method
 from kvlab.methods.registry import resolve
 from kvlab.platform.graph import Resources
+from kvlab.platform.jobs.calibrate import budgets
 from kvlab.platform.jobs.dtype import Dtype, dtype_of
 from kvlab.platform.jobs.field import nested
 from kvlab.platform.jobs.kind import Kind, Parent, Prediction, References, Settings, Surroundings
 from kvlab.platform.jobs.method import MethodField, axis_sources, canonical, compatible, short_of
 from kvlab.platform.jobs.model import MODEL_SOURCES, lineage, method_of
 from kvlab.platform.jobs.quantities import Bytes
-from kvlab.platform.jobs.reference import Many
+from kvlab.platform.jobs.reference import Many, One
 
 BatchSize = Annotated[int, Field(ge=1, le=65536)]
 
@@ -31,6 +32,7 @@ class BenchmarkSettings(Settings):
     repeats: int = Field(default=5, ge=1, le=1000)
     warmup: int = Field(default=1, ge=0, le=100)
     apply: Annotated[Method, MethodField("run")] = Field(default_factory=lambda: resolve({}))
+    budgets: One | None = None
     kv_budget: Bytes | None = Field(default=None, ge=1)
     dtype: Dtype = "auto"
 
@@ -46,13 +48,15 @@ class Benchmark(Kind):
 
     name = "benchmark"
     settings = BenchmarkSettings
-    references: ClassVar[References] = {"of": "many"}
+    references: ClassVar[References] = {"of": "many", budgets.ROLE: "one"}
     measured = True
     resources = Resources(exclusive=True)
 
     def resolve(self, settings: Settings, around: Surroundings) -> dict[str, Any]:
         assert isinstance(settings, BenchmarkSettings)
+        calibrated = {budgets.ROLE: True} if settings.budgets is not None else {}
         return {
+            **calibrated,
             "prompt": settings.prompt,
             "generate": settings.generate,
             "batch": list(settings.batch),
@@ -70,6 +74,7 @@ class Benchmark(Kind):
         made = method_of(trained)
         yield from compatible(settings.apply, config, "apply", trained=made)
         yield from short_of(settings.apply, made, settings.prompt, "apply")
+        yield from budgets.problems(settings.apply, around)
         if settings.prompt + settings.generate > config.max_positions:
             yield (
                 "generate",
@@ -84,6 +89,7 @@ class Benchmark(Kind):
             "kvlab.platform.jobs.memory",
             *MODEL_SOURCES,
             *axis_sources(method_of(spec["apply"])),
+            *budgets.sources(spec),
         )
 
     def predict(self, spec: Mapping[str, Any], parents: Mapping[str, Parent]) -> Prediction:

@@ -42,6 +42,10 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
     dtype = torch_dtype(spec["dtype"], device)
     model = load(context.inputs["of"], device=str(device), dtype=dtype).eval()
     method, metrics = from_dict(spec["apply"]), set(spec["metrics"])
+    if spec.get("budgets"):
+        from kvlab.platform.jobs.calibrate.fixed import calibrated
+
+        method = calibrated(method, context.inputs["budgets"])
     result: dict[str, Any] = {}
     if metrics & {*OF_WINDOWS, "divergence"}:
         windows = _windows(spec, context, model.config.vocab_size)

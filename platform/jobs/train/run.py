@@ -15,7 +15,6 @@ from kvlab.methods.model import LanguageModel
 from kvlab.methods.registry import from_dict
 from kvlab.methods.store import load, save
 from kvlab.platform.jobs import environment
-from kvlab.platform.jobs.checkpoint import trained_method
 from kvlab.platform.jobs.context import Context
 from kvlab.platform.jobs.training.gang import join
 from kvlab.platform.jobs.training.loop import Training, rows_of
@@ -50,6 +49,8 @@ def _model(spec: Mapping[str, Any]) -> LanguageModel:
 
 def _as_it_is(spec: Mapping[str, Any]) -> LanguageModel | None:
     """A checkpoint that nothing is to be done to, in its own dtype; None: it is to be converted."""
+    from kvlab.platform.jobs.checkpoint import trained_method
+
     if trained_method(Path(spec["model"]["checkpoint"])) != spec["method"]:
         return None
     return load(Path(spec["model"]["checkpoint"]))

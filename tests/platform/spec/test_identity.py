@@ -204,6 +204,34 @@ def test_every_module_that_a_job_runs_is_hashed_with_it_or_its_parents(good: str
     assert "kvlab.methods.decoder.huggingface.writer" not in hashed(last)
 
 
+FIXED = """\
+  groups:
+    calibrate: {of: base}
+  squeezed:
+    evaluate: {of: base, apply: h2o, budgets: groups}
+  timed:
+    benchmark: {of: base, apply: h2o, budgets: groups}
+report:"""
+
+
+@pytest.mark.parametrize("job", ["groups", "squeezed", "timed"])
+def test_every_module_that_calibrates_or_takes_budgets_is_hashed(good: str, job: str) -> None:
+    cells = {cell.name: cell for cell in load_graph(good.replace("report:", FIXED)).cells}
+    last = [cell for cell in cells.values() if cell.job == job][-1]
+    names = [*last.parents.values(), *cells[last.parents["of"]].parents.values()]
+    sources = set(KINDS[last.kind].sources(last.spec))
+    hashed = sources.union(*(KINDS[cells[n].kind].sources(cells[n].spec) for n in names))
+    modules, methods = [f"kvlab.platform.jobs.{last.kind}.run"], []
+    if job != "groups":
+        assert last.parents["budgets"].startswith("groups")
+        modules.append("kvlab.platform.jobs.calibrate.fixed")
+        methods = [{**last.spec["apply"], "budget": {"per_layer": {"tokens": [4, 4, 4, 4]}}}]
+        assert "kvlab.platform.jobs.calibrate.fixed" in sources
+    assert unhashed(hashed, modules, methods) <= HARMLESS.keys()
+    plain = next(cell for cell in cells.values() if cell.job == "quality")
+    assert not any("calibrate" in source for source in KINDS["evaluate"].sources(plain.spec))
+
+
 def test_what_reads_checkpoints_people_have_is_hashed_where_one_is_read() -> None:
     model = {"checkpoint": "somewhere", "fingerprint": ""}
     sources = set(KINDS["train"].sources({"model": model, "method": {}}))
