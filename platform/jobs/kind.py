@@ -71,6 +71,7 @@ class Kind(ABC):
         references: role -> "one" or "many": fields that name other jobs. A cell has exactly one
             parent per role ("many" is crossed into one cell per parent).
         reference_paths: role -> dotted path of its field, where that is not the role itself.
+        reference_kinds: role -> the kind of job it must name; other roles name a model.
         measured: identity includes device, thread count and driver (benchmarks).
         produces_model: its artifact folder can be loaded by `kvlab.methods.store.load`.
         gang: it can run as several workers (`resources: {workers: N}`).
@@ -81,6 +82,7 @@ class Kind(ABC):
     settings: ClassVar[type[Settings]]
     references: ClassVar[References] = {}
     reference_paths: ClassVar[Mapping[str, str]] = {}
+    reference_kinds: ClassVar[Mapping[str, str]] = {}
     needs_data: ClassVar[bool] = False
     measured: ClassVar[bool] = False
     produces_model: ClassVar[bool] = False

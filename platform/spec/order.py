@@ -38,7 +38,8 @@ def named(job: JobEntry, variants: Variants) -> Iterator[Named]:
 def order(workflow: Workflow, variants: Variants) -> list[str]:
     """Return the names of the sound jobs, parents first; none of them after a cycle.
 
-    References to jobs that are not there, or that have no model, go to the workflow as mistakes.
+    References to jobs that are not there, or that have not what is wanted, go to the workflow as
+    mistakes.
     """
     written = workflow.document.value["jobs"]
     sorter: TopologicalSorter[str] = TopologicalSorter()
@@ -52,8 +53,8 @@ def order(workflow: Workflow, variants: Variants) -> list[str]:
             target = workflow.jobs.get(name)
             if target is None:
                 continue
-            if role is not None and not KINDS[target.kind].produces_model:
-                workflow.blame(place, _no_model(workflow, target))
+            if role is not None and (problem := _misnamed(workflow, target, job, role)):
+                workflow.blame(place, problem)
             sorter.add(job.name, name)
             places.setdefault((job.name, name), place)
     try:
@@ -71,10 +72,21 @@ def _from_first(circle: Sequence[str], written: Sequence[str]) -> list[str]:
     return [*circle[start:], *circle[:start]]
 
 
-def _no_model(workflow: Workflow, target: JobEntry) -> str:
-    makers = [job.name for job in workflow.jobs.values() if KINDS[job.kind].produces_model]
-    more = ", ..." if len(makers) > MOST_LISTED else ""
-    return (
-        f"'{target.name}' is of kind {target.kind} and publishes no model; "
-        f"jobs that do: {', '.join(makers[:MOST_LISTED]) or 'none'}{more}"
-    )
+def _misnamed(workflow: Workflow, target: JobEntry, job: JobEntry, role: str) -> str | None:
+    """What is wrong with a job in this role, if anything."""
+    wanted = KINDS[job.kind].reference_kinds.get(role)
+    if wanted is None and KINDS[target.kind].produces_model:
+        return None
+    if wanted == target.kind:
+        return None
+    able = [
+        other.name
+        for other in workflow.jobs.values()
+        if (KINDS[other.kind].produces_model if wanted is None else other.kind == wanted)
+    ]
+    listed = ", ".join(able[:MOST_LISTED]) + (", ..." if len(able) > MOST_LISTED else "")
+    if wanted is None:
+        lacks = "publishes no model; jobs that do"
+    else:
+        lacks = f"has no {role}; jobs of kind {wanted}, which do"
+    return f"'{target.name}' is of kind {target.kind} and {lacks}: {listed or 'none'}"

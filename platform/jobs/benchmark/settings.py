@@ -49,6 +49,7 @@ class Benchmark(Kind):
     name = "benchmark"
     settings = BenchmarkSettings
     references: ClassVar[References] = {"of": "many", budgets.ROLE: "one"}
+    reference_kinds: ClassVar[Mapping[str, str]] = {budgets.ROLE: "calibrate"}
     measured = True
     resources = Resources(exclusive=True)
 

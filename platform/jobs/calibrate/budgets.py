@@ -28,10 +28,7 @@ def sources(spec: Mapping[str, Any]) -> tuple[str, ...]:
 def problems(apply: Method, around: Surroundings) -> Iterator[tuple[str, str]]:
     """Yield (field, problem) where a job's `apply` cannot take the budgets that it refers to."""
     parent = around.parents.get(ROLE)
-    if parent is None:
-        return
-    if parent.kind != "calibrate":
-        yield ROLE, f"must name a calibrate job, '{parent.name}' is a {parent.kind} job"
+    if parent is None or parent.kind != "calibrate":
         return
     budget, eviction = apply["budget"], apply["eviction"]
     if not budget.value.default:
