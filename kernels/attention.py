@@ -49,6 +49,8 @@ class Rule:
 
 
 CAUSAL = Rule()
+MOST_SHARES = 1 << 24
+"""Probabilities that are held at a time where the key mass is asked for: 64 MiB."""
 
 
 def attend(
@@ -97,13 +99,7 @@ def attend(
             mask = rule.allows(q_positions, k_positions)
     if mass_rows is None:
         return _attend(q, k, v, mask, causal), None
-    if causal:
-        mask = torch.ones(rows, rows, dtype=torch.bool, device=q.device).tril()[None, None]
-    shares = _shares(q[:, :, mass_rows], k, None if mask is None else mask[:, :, mass_rows])
-    mass = shares.sum(-2).flatten(1, 2)
-    if shares.shape[-2] < rows:
-        return _attend(q, k, v, None if causal else mask, causal), mass
-    return (shares.to(v.dtype) @ v.unsqueeze(2)).flatten(1, 2), mass
+    return _attend_seen(q, k, v, mask, causal, range(rows)[mass_rows])
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -140,13 +136,43 @@ def _attend_folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tens
     return out.reshape(batch, heads, rows, v.shape[-1])
 
 
+def _attend_seen(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, seen: range
+) -> tuple[Tensor, Tensor]:
+    """Attention, and the key mass of the query rows `seen`, a few rows at a time.
+
+    Where all rows are seen the output comes from the same probabilities.
+    """
+    batch, heads, rows, _ = q.shape
+    mass = q.new_zeros(batch, heads, k.shape[2], dtype=torch.float32)
+    parts = []
+    at_once = max(1, MOST_SHARES // (batch * heads * k.shape[2]))
+    for start in range(seen.start, seen.stop, at_once):
+        part = slice(start, min(start + at_once, seen.stop))
+        if causal:
+            places = torch.arange(k.shape[2], device=q.device)
+            allowed: Tensor | None = (places <= places[part, None])[None, None]
+        else:
+            allowed = None if mask is None else mask[:, :, part]
+        shares = _shares(q[:, :, part], k, allowed)
+        mass += shares.unflatten(2, (-1, part.stop - part.start)).sum(3).flatten(1, 2)
+        if len(seen) == rows:
+            out = shares.to(v.dtype) @ v
+            parts.append(out.view(batch, heads, -1, v.shape[-1]))
+    if parts:
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2), mass
+    return _attend(q, k, v, None if causal else mask, causal), mass
+
+
 def _shares(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """The probabilities [B, H_kv, G, T, S] in the open; scores and softmax in float32."""
+    """The probabilities [B, H_kv, G T, S] in the open, in float32; a group's queries in order."""
     batch, _, rows, dim = q.shape
-    grouped = q.reshape(batch, k.shape[1], -1, rows, dim).float() * dim**-0.5
-    scores: Tensor = grouped @ k.float().unsqueeze(2).transpose(-1, -2)
+    folded = q.reshape(batch, k.shape[1], -1, dim).float() * dim**-0.5
+    scores: Tensor = folded @ k.float().transpose(-1, -2)
     if mask is None:
         return scores.softmax(-1)
-    mask = mask.unsqueeze(2)
+    group = folded.shape[2] // rows
+    if group > 1:
+        mask = mask.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(2, 3)
     shares: Tensor = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
     return shares * mask  # a row that may read nothing gives zero

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -17,21 +18,24 @@ class Evidence:
         prompt: [B] int64, rows of each sample's prompt, padding excluded.
         most: rows that a layer can hold at all.
         least: rows that every layer must keep.
-        layers: of the decoder that own keys and values, from the bottom; K of them.
-        cosines: [B, K] float64, lowest among the decoder layers that read a KV layer; None unless
-            asked for (`Budget.importance`).
-        spread: [B, K] float64, likewise: the entropy of the attention that a layer's rows got,
-            divided by the most it can be, so 1 is attention to all alike.
-        ranks: K tensors [B, S] of the mean rank over the heads, -inf on padding; None unless asked.
+        window: newest rows that its eviction protects (SnapKV's voters); 0 where it has none.
+        readers: of each layer that owns keys and values, from the bottom, the decoder layers that
+            read it; K of them.
+        cosines: [B, layers] float64 of every decoder layer, if asked for (`Budget.importance`):
+            between the residual stream before and after attention, the mean over the rows.
+        spread: [B, layers] float64, if asked for: the entropy of the attention that a layer's keys
+            got, divided by the most it can be; 1 is attention to all alike.
+        ranks: if asked for, [B, K, S]: each row's mean rank over the heads; -inf on padding.
     """
 
     prompt: Tensor
     most: int
     least: int
-    layers: tuple[int, ...]
+    window: int
+    readers: tuple[tuple[int, ...], ...]
     cosines: Tensor | None = None
     spread: Tensor | None = None
-    ranks: tuple[Tensor, ...] | None = None
+    ranks: Tensor | None = None
 
 
 class Budget(ABC):
@@ -50,6 +54,20 @@ class Budget(ABC):
     def __init__(self, params: Any) -> None:
         self.params = params
 
+    def averages(self, evidence: Evidence) -> Tensor:
+        """[B] int64: what an `Amount` gives each sample, within what is possible."""
+        lengths: list[int] = evidence.prompt.tolist()
+        rows = [self.params.rows(length) for length in lengths]
+        return torch.tensor(rows).clamp(evidence.least, max(evidence.least, evidence.most))
+
     @abstractmethod
     def rows(self, evidence: Evidence) -> Tensor:
         """Return [B, K] int64 on the CPU: past rows that each layer keeps of each sample."""
+
+
+class Fixed(Budget):
+    """So many rows in every layer, whatever a method says; made with their number, None: all."""
+
+    def rows(self, evidence: Evidence) -> Tensor:
+        rows = evidence.most if self.params is None else min(self.params, evidence.most)
+        return torch.full((len(evidence.prompt), len(evidence.readers)), rows)

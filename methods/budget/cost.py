@@ -12,6 +12,9 @@ import importlib
 from kvlab.methods.axis import Method
 from kvlab.methods.decoder.config import DecoderConfig
 
+POSITION, SCORE = 8, 4
+"""Bytes that a cache whose heads keep rows of their own has beside each: int64 and float32."""
+
 
 def held(config: DecoderConfig, method: Method, layer: int, tokens: int, prompt: int) -> float:
     """Return the rows that a KV layer holds of a sequence, under the method's budget.

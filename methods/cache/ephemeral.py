@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from kvlab.kernels.attention import Rule
 from kvlab.methods.cache.interface import Cache, Keys
 from kvlab.methods.cache.opening import last_reads
-from kvlab.methods.cache.policy import Policy
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.segments import runs_by_row
 
 
+class Reads(Protocol):
+    """What narrows the rule that rows are read under."""
+
+    def rule(self, layer: int, own: Rule) -> Rule:
+        """What a query of decoder layer `layer` may read; `own` is the model's rule."""
+        ...
+
+
 def one_pass(
-    config: DecoderConfig, policy: Policy | None = None, passes: int | None = None
+    config: DecoderConfig, policy: Reads | None = None, passes: int | None = None
 ) -> Cache:
     """Return the cache of one pass over whole sequences, as a decoder of `config` trains.
 
@@ -31,7 +40,7 @@ def one_pass(
 class _Rows(Cache):
     """Rows by KV layer, read under a policy's rule."""
 
-    def __init__(self, policy: Policy | None = None) -> None:
+    def __init__(self, policy: Reads | None = None) -> None:
         self._policy = policy
         self._rows: dict[int, Keys] = {}
 
@@ -48,7 +57,7 @@ class _Rows(Cache):
 class EphemeralCache(_Rows):
     """Hands each layer the rows of this very pass, and forgets them once they are read."""
 
-    def __init__(self, config: DecoderConfig, policy: Policy | None = None) -> None:
+    def __init__(self, config: DecoderConfig, policy: Reads | None = None) -> None:
         super().__init__(policy)
         self._ends = last_reads(config.kv_of)
 

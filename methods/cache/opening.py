@@ -11,11 +11,13 @@ import torch
 
 from kvlab import KvlabError
 from kvlab.methods.axis import Method
+from kvlab.methods.budget.amount import least_rows
+from kvlab.methods.budget.budget import Budget
 from kvlab.methods.cache.interface import Cache
 from kvlab.methods.cache.storage import PlainStorage, Space, Storage
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.prefill.params import prefill_of
-from kvlab.methods.registry import refuse_unread, resolve
+from kvlab.methods.registry import refuse_misfits, refuse_unread, resolve
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,21 +51,43 @@ class Opening:
         windows = [self.config.windows[i] if self.config.windows else None for i in readers]
         return max(self.rows if window is None else min(window, self.rows) for window in windows)
 
-    def storage(self, rows: int) -> Storage:
-        """Return storage for so many rows of one KV layer, at the method's precision."""
+    def storage(self, rows: int, heads: int | None = None) -> Storage:
+        """Return storage for so many rows of one KV layer, at the method's precision.
+
+        Args: heads: that rows are held for; None: the decoder's KV heads.
+        """
         c = self.config
-        space = Space(self.batch, c.kv_heads, rows, c.head_dim, self.device, self.dtype)
+        heads = heads or c.kv_heads
+        space = Space(self.batch, heads, rows, c.head_dim, self.device, self.dtype)
         choice = self.method.choices.get("precision")
-        if choice is None:
+        if choice is None or choice.value.implementation is None:
             return PlainStorage(None, space)
         storage: Storage = choice.value.load()(choice.params, space)
         return storage
+
+    def stores_by_row(self) -> bool:
+        """Whether a row's stored form depends on that row alone; see `Storage`."""
+        choice = self.method.choices.get("precision")
+        if choice is None or choice.value.implementation is None:
+            return True
+        return bool(choice.value.load().by_row)
+
+    def budget(self) -> Budget:
+        """Return the method's budget."""
+        choice = self.method["budget"]
+        budget: Budget = choice.value.load()(choice.params)
+        return budget
+
+    def least(self) -> int:
+        """Rows that every layer must keep for the method's eviction to mean anything."""
+        return least_rows(self.method)
 
 
 class Eviction(ABC):
     """What a value of the eviction axis names as its implementation; made as `cls(params)`.
 
-    One that keeps rows by their number is a `Policy`; any other brings a `Cache` of its own.
+    One that keeps rows by their number is a `Policy`, one that ranks them a `Ranking`; any other
+    brings a `Cache` of its own.
     """
 
     def __init__(self, params: Any) -> None:
@@ -73,10 +97,13 @@ class Eviction(ABC):
     def open(self, opening: Opening) -> Cache:
         """Return an empty cache."""
 
-    def scoring(self, config: DecoderConfig, passes: int | None = None) -> Cache | None:
+    def scoring(
+        self, config: DecoderConfig, method: Method, passes: int | None = None
+    ) -> Cache | None:
         """Return a cache under which one parallel pass reads what a live cache would have kept.
 
-        Args: passes: as `Decoder.body` takes them.
+        Args:
+            method: all run-time axes. passes: as `Decoder.body` takes them.
 
         None where only a token-by-token pass can tell: a choice that depends on content.
         """
@@ -103,6 +130,7 @@ def open_cache(
     """
     method = apply or resolve({})
     refuse_unread(method)
+    refuse_misfits(method, config)
     return _eviction(method).open(Opening(config, method, batch, tokens, device, dtype))
 
 
@@ -131,10 +159,10 @@ def scores_in_one_pass(config: DecoderConfig, apply: Method) -> bool:
 
 def _scoring_cache(config: DecoderConfig, apply: Method) -> Cache | None:
     refuse_unread(apply)
-    changed = [apply.choices.get(axis) for axis in ("budget", "precision")]
-    if any(choice is not None and not choice.is_default for choice in changed):
+    precision = apply.choices.get("precision")
+    if precision is not None and not precision.is_default:
         return None
-    return _eviction(apply).scoring(config, prefill_of(apply).passes)
+    return _eviction(apply).scoring(config, apply, prefill_of(apply).passes)
 
 
 def last_reads(kv_of: Sequence[int]) -> dict[int, list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 
 from kvlab.kernels.attention import Rule
+from kvlab.methods.axis import Method
 from kvlab.methods.cache.interface import Cache
 from kvlab.methods.cache.opening import Eviction, Opening
 from kvlab.methods.decoder.config import DecoderConfig
@@ -18,8 +19,9 @@ class Policy(Eviction):
     numbered from 0 with left padding counted, so a number means the same for all samples, and a
     decode step needs no word from the device.
 
-    A policy whose choice depends on content (attention mass, a learned score), differs between
-    samples or KV heads, or adds query rows, is an `Eviction` that opens a `Cache` of its own.
+    A choice that depends on content (attention mass, a learned score), or differs between samples
+    or KV heads, is a `Ranking`; one that adds query rows is an `Eviction` that opens a `Cache` of
+    its own.
     """
 
     def open(self, opening: Opening) -> Cache:
@@ -27,7 +29,9 @@ class Policy(Eviction):
 
         return SlotCache(self, opening)
 
-    def scoring(self, config: DecoderConfig, passes: int | None = None) -> Cache | None:
+    def scoring(
+        self, config: DecoderConfig, method: Method, passes: int | None = None
+    ) -> Cache | None:
         from kvlab.methods.cache.ephemeral import one_pass
 
         return one_pass(config, self, passes)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from kvlab.methods.axis import Range, Value
-from kvlab.methods.budget.amount import Amount, composes
+from kvlab.methods.axis import Method, Range, Value
+from kvlab.methods.budget import amount
+from kvlab.methods.budget.amount import Amount
+from kvlab.methods.decoder.config import DecoderConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,18 @@ class SqueezeParams(Amount):
     rounding: Literal["conserve", "truncate"] = "conserve"
 
 
+def composes(method: Method, config: DecoderConfig | None) -> Iterator[str]:
+    """Yield what is wrong with it for the method's eviction."""
+    yield from amount.composes(method, config)
+    eviction = method["eviction"]
+    grows = eviction.value.grows is not None and eviction.value.grows(eviction.params)
+    if method["budget"].params.refresh is not None and grows:
+        yield (
+            f"refresh: {eviction.value.name} evicts nothing after the prompt, so that nothing can "
+            "be divided anew: leave it out"
+        )
+
+
 ENTRY = Value(
     axis="budget",
     name="squeeze_attention",
@@ -40,5 +55,6 @@ ENTRY = Value(
     cost="kvlab.methods.budget.uniform.cost",
     paper="2404.04793",
     composes=composes,
+    observes_all=True,
     sources=("kvlab.methods.budget",),
 )

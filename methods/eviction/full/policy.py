@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from kvlab.methods.budget.budget import Fixed
+from kvlab.methods.cache.evicting import EvictingCache
+from kvlab.methods.cache.interface import Cache
+from kvlab.methods.cache.opening import Opening
 from kvlab.methods.cache.policy import Policy
+from kvlab.methods.cache.ranking import KeepAll
 
 
 class FullPolicy(Policy):
     """Keeps every row."""
+
+    def open(self, opening: Opening) -> Cache:
+        if opening.stores_by_row():
+            return super().open(opening)
+        return EvictingCache(KeepAll(self.params), opening, budget=Fixed(None))
 
     def capacity(self, layer: int, rows: int) -> int:
         return rows

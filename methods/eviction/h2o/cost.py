@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvlab.methods.axis import Method
-from kvlab.methods.budget.cost import held
+from kvlab.methods.budget.cost import POSITION, SCORE, held
 from kvlab.methods.decoder.config import DecoderConfig
 
 
@@ -15,3 +15,8 @@ def rows(config: DecoderConfig, method: Method, layer: int, tokens: int, prompt:
 def prompt_window(config: DecoderConfig, method: Method, layer: int) -> int | None:
     """A prompt is read in full, then cut."""
     return None
+
+
+def slot_bytes(config: DecoderConfig, method: Method) -> int:
+    """Each head's row has a position, and a score while rows still leave."""
+    return POSITION + SCORE * (method["eviction"].params.generated == "evict")

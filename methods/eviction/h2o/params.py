@@ -31,7 +31,9 @@ ENTRY = Value(
     cost="kvlab.methods.eviction.h2o.cost",
     paper="2306.14048",
     consumes=("budget", "precision"),
+    grows=lambda params: params.generated == "keep",
     least=lambda params: 2,
     scores=True,
+    observes_all=True,
     sources=("kvlab.methods.eviction.h2o",),
 )

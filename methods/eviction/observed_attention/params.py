@@ -20,6 +20,8 @@ ENTRY = Value(
     implementation="kvlab.methods.eviction.observed_attention.ranking:ObservedAttention",
     cost="kvlab.methods.eviction.observed_attention.cost",
     consumes=("budget", "precision"),
+    grows=lambda params: True,
     scores=True,
+    observes_all=True,
     sources=("kvlab.methods.eviction.observed_attention",),
 )

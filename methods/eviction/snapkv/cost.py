@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvlab.methods.axis import Method
-from kvlab.methods.budget.cost import held
+from kvlab.methods.budget.cost import POSITION, held
 from kvlab.methods.decoder.config import DecoderConfig
 
 
@@ -27,3 +27,8 @@ def voters(config: DecoderConfig, method: Method, prompt: int) -> int:
     """The window's queries, whose attention is worked out beside the fused one."""
     window: int = method["eviction"].params.window
     return window if window < prompt else 0
+
+
+def slot_bytes(config: DecoderConfig, method: Method) -> int:
+    """Each head's row has a position."""
+    return POSITION

@@ -47,8 +47,10 @@ ENTRY = Value(
     cost="kvlab.methods.eviction.snapkv.cost",
     paper="2404.14469",
     consumes=("budget", "precision"),
+    grows=lambda params: True,
     check=check,
     least=lambda params: params.window + 1,
     scores=True,
+    observes_all=True,
     sources=("kvlab.methods.eviction.snapkv",),
 )

@@ -33,6 +33,7 @@ ENTRY = Value(
     cost="kvlab.methods.eviction.streaming_llm.cost",
     paper="2309.17453",
     consumes=("budget", "precision"),
+    grows=lambda params: params.generated == "keep",
     least=lambda params: params.sinks + 1,
     sources=("kvlab.methods.eviction.streaming_llm",),
 )

@@ -82,7 +82,6 @@ def values(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ("written", "error"),
     [
         ({"pyramid": {}}, "budget 'pyramid' would change nothing: eviction 'full_attention' does"),
-        ({"pyramid": {}, "sliding_window": {}}, "eviction 'sliding_window' does not read the bud"),
         ({"halved": {}, "everything": {}}, "precision 'halved' would change nothing: eviction 'ev"),
     ],
 )

@@ -1,0 +1,37 @@
+"""StreamingLLM as a ranking: age, but for the sinks."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kvlab.methods.axis import Method
+from kvlab.methods.cache.ephemeral import one_pass
+from kvlab.methods.cache.interface import Cache
+from kvlab.methods.cache.ranking import Ranking, Rows, by_age
+from kvlab.methods.cache.windows import ReadsWindow, window_of
+from kvlab.methods.decoder.config import DecoderConfig
+from kvlab.methods.eviction.streaming_llm.params import StreamingParams
+
+
+class StreamingLLM(Ranking):
+    """The first `sinks` rows and the newest stay, the same for all heads."""
+
+    params: StreamingParams
+
+    def __init__(self, params: StreamingParams) -> None:
+        super().__init__(params)
+        self.grows = params.generated == "keep"
+        self.in_cache = params.positions == "cache"
+        self.by_turn = params.turns
+
+    def rank(self, rows: Rows) -> Tensor:
+        return by_age(rows).masked_fill(rows.positions < self.params.sinks, float("inf"))
+
+    def scoring(
+        self, config: DecoderConfig, method: Method, passes: int | None = None
+    ) -> Cache | None:
+        past = window_of(method)
+        if past is None or self.in_cache or self.grows or self.by_turn:
+            return None
+        sinks = self.params.sinks
+        return one_pass(config, ReadsWindow(past - sinks + 1, sinks), passes)
