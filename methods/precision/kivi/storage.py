@@ -201,6 +201,6 @@ class Kivi(Storage):
 
 def _to(device: torch.device, numbers: Tensor) -> Tensor:
     """Send numbers from the CPU without waiting for the device."""
-    if device.type == "cpu":
-        return numbers
-    return numbers.pin_memory().to(device, non_blocking=True)
+    if device.type == "cuda":
+        numbers = numbers.pin_memory()
+    return numbers.to(device, non_blocking=True)
