@@ -32,9 +32,12 @@ class Storage(ABC):
     Attributes:
         by_row: a row's stored form depends on that row alone. If not (KIVI's groups of rows), the
             storage counts the rows of each sample, and takes them by `fill` and by slots of [B, 1].
+        error: how far a number may be from the one that was put, as a share of the largest
+            magnitude among all; scales in float32. 0: it is the same.
     """
 
     by_row: bool = True
+    error: float = 0.0
 
     @abstractmethod
     def __init__(self, params: Any, space: Space) -> None: ...

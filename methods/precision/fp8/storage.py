@@ -15,6 +15,7 @@ class Fp8(RowStorage):
     """8-bit floats, kept as bytes: torch can index those on every device."""
 
     params: Fp8Params
+    error = 1 / 16  # three bits behind the point
 
     def empty(self, space: Space) -> dict[str, Tensor]:
         found = {"codes": space.zeros(space.rows, space.head_dim, dtype=torch.uint8)}

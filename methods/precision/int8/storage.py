@@ -13,6 +13,8 @@ from kvlab.methods.precision.by_row import RowStorage
 class Int8(RowStorage):
     """8-bit integers and a scale for each row and head."""
 
+    error = 1 / 253  # half of 1 / 127, and what float32 rounds
+
     def empty(self, space: Space) -> dict[str, Tensor]:
         return {
             "codes": space.zeros(space.rows, space.head_dim, dtype=torch.int8),

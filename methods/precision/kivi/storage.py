@@ -34,6 +34,7 @@ class Kivi(Storage):
         for problem in problems(params, space.head_dim):
             raise MethodError(f"kivi: {problem}")
         self.space, self.bits, self.group = space, params.bits, params.group
+        self.error = 1 / (2**params.bits - 1)  # half a step of a group from -1 to 1
         self.width = params.value_group(space.head_dim)
         rows, wide, dtype = space.rows, space.head_dim, space.dtype
         groups, blocks = params.slots(rows) // self.group, wide // self.width
