@@ -8,6 +8,7 @@ from typing import Any
 
 from kvlab.db.rows import JobRow
 from kvlab.db.states import TERMINAL, JobState
+from kvlab.platform.compare import calibrations
 from kvlab.platform.compare.labels import (
     FULL,
     Parameter,
@@ -16,7 +17,8 @@ from kvlab.platform.compare.labels import (
     method_text,
     varying_parameters,
 )
-from kvlab.platform.compare.samples import READERS, Key, Reading, Sample
+from kvlab.platform.compare.metrics import QUALITIES
+from kvlab.platform.compare.samples import READERS, Key, Reading, Recalled, Sample
 
 OF = "of"
 """The role in which a measuring job names the model it measures."""
@@ -36,6 +38,7 @@ class Draft:
     readings: list[tuple[JobRow, Reading]] = field(default_factory=list)
     samples: dict[Key, dict[str, Sample]] = field(default_factory=dict)
     curves: dict[tuple[Any, ...], list[tuple[float | None, ...]]] = field(default_factory=dict)
+    cells: dict[tuple[Any, ...], list[tuple[Recalled, ...]]] = field(default_factory=dict)
     costs: list[tuple[float, float, float, float]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     from_checkpoint: bool = False
@@ -65,16 +68,22 @@ def gather(jobs: Sequence[JobRow]) -> list[Draft]:
     """Return the arms in the order in which the workflow names their models."""
     by_name = {row.name: row for row in jobs}
     drafts: dict[tuple[str, str, str], Draft] = {}
-    measured = [(row, by_name[row.parents[OF]]) for row in jobs if OF in row.parents]
+    measured = [
+        (row, by_name[row.parents[OF]])
+        for row in jobs
+        if OF in row.parents and row.kind != calibrations.KIND
+    ]
     names = _names(jobs, measured)
 
     for row, model in measured:
-        draft = _draft(drafts, names, model, row.spec.get("apply") or {})
+        budgets = calibrations.budgets_text(row, by_name)
+        draft = _draft(drafts, names, model, row.spec.get("apply") or {}, budgets)
         draft.models.setdefault(seed_of(model), model)
         draft.measurements.append(row)
         reader = READERS.get(row.kind)
         if row.state is JobState.DONE and row.result is not None and reader is not None:
-            _take(draft, row, reader(row.spec, row.result))
+            for reading in reader(row.spec, row.result):
+                _take(draft, row, reading)
     used = {name for row in jobs for name in row.parents.values()}
     for row in jobs:
         if _makes_model(row) and row.name not in used:
@@ -95,12 +104,13 @@ def _draft(
     names: tuple[set[Parameter], set[Parameter]],
     model: JobRow,
     applied: Mapping[str, Any],
+    budgets: str = "",
 ) -> Draft:
     trained_names, applied_names = names
     axes = {key: value for key, value in model.axes.items() if key != "seed"}
-    key = (model.job, canonical(axes), canonical(applied))
+    key = (model.job, canonical(axes), canonical(applied) + budgets)
     if key not in drafts:
-        apply = method_text(applied, applied_names)
+        apply = " with ".join(filter(None, (method_text(applied, applied_names), budgets)))
         name = arm_name(model.job, axes, apply)
         # Only axes that JSON tells apart and text does not, as 1 and "1", can meet here.
         same = sum(
@@ -125,13 +135,16 @@ def _take(draft: Draft, row: JobRow, reading: Reading) -> None:
     for key, sample in reading.samples.items():
         # A second job that measures the same thing of the same seed adds no evidence: first wins.
         draft.samples.setdefault(key, {}).setdefault(seed_of(row), sample)
-    if reading.loss_by_position:
-        draft.curves.setdefault(reading.setting, []).append(reading.loss_by_position)
+    if reading.by_position:
+        draft.curves.setdefault(reading.setting, []).append(reading.by_position)
+    if reading.cells:
+        draft.cells.setdefault(reading.setting, []).append(reading.cells)
 
 
 def _void_unscored(draft: Draft) -> None:
     """Void what was measured in a dtype in which the arm was not scored: its quality is another."""
-    scored = {_dtype(row) for row, reading in draft.readings if reading.place == "quality"} - {None}
+    scored = {_dtype(row) for row, reading in draft.readings if reading.place in QUALITIES}
+    scored -= {None}
     for row, reading in draft.readings:
         own = _dtype(row)
         if reading.place != "speed" or own is None or not scored or own in scored:

@@ -9,16 +9,18 @@ from typing import Any
 from kvlab.db.rows import JobRow, Workflow
 from kvlab.db.states import TERMINAL, JobState
 from kvlab.platform.compare.arms import Draft, gather, missing, seed_of
+from kvlab.platform.compare.calibrations import read_calibrations
+from kvlab.platform.compare.cells import mean_cells
 from kvlab.platform.compare.columns import Layout, lay_out
-from kvlab.platform.compare.differences import Samples, change, log_ratio, mean_log_ratio, verdict
+from kvlab.platform.compare.differences import Samples, change, contrast, mean_contrast, verdict
 from kvlab.platform.compare.labels import grouped, listed
-from kvlab.platform.compare.metrics import METRICS
+from kvlab.platform.compare.metrics import METRICS, Place
 from kvlab.platform.compare.model import Arm, Column, Comparison, Cost, Front, Number
 from kvlab.platform.compare.pareto import front
 from kvlab.platform.compare.statistics import summarise
 
 ROUNDING = 1e-12
-"""Log ratios up to this are those of equal numbers."""
+"""Log ratios and differences up to this are those of equal numbers."""
 
 
 def compare(workflow: Workflow) -> Comparison:
@@ -58,6 +60,7 @@ def compare(workflow: Workflow) -> Comparison:
         environments=_environments(workflow.jobs),
         jobs=_states(workflow.jobs),
         measured=measured,
+        calibrations=read_calibrations(workflow.jobs),
     )
 
 
@@ -75,12 +78,14 @@ def _arm(draft: Draft, other: Draft | None, is_baseline: bool, layout: Layout) -
         problems=tuple(draft.problems),
         numbers=numbers,
         cost=_cost(draft),
-        loss_by_position={
-            setting.id: curve
-            for setting in layout.settings
-            if (curve := _mean_curve(draft.curves.get(layout.keys[setting.id], [])))
-        },
+        loss_by_position=_curves(draft, layout, "quality"),
         models=tuple(row.reused_from or row.id for row in draft.models.values()),
+        kl_by_position=_curves(draft, layout, "divergence"),
+        cells={
+            setting.id: mean_cells(found)
+            for setting in layout.settings
+            if (found := draft.cells.get(layout.keys[setting.id]))
+        },
     )
 
 
@@ -181,13 +186,13 @@ def _front(
             return True
         # The shown means may be over different seeds: the seeds that both have decide as well.
         metric, key = by_id[column].kind, layout.key(by_id[column])
-        found = mean_log_ratio(drafts[one].samples[key], drafts[two].samples[key])
+        found = mean_contrast(metric, drafts[one].samples[key], drafts[two].samples[key])
         return found is not None and (found if metric.better == "lower" else -found) > ROUNDING
 
     def better(column: str, one: str, two: str) -> bool:
         mine, theirs = means(column, one, two)
         metric, key = by_id[column].kind, layout.key(by_id[column])
-        found = log_ratio(metric, drafts[one].samples[key], drafts[two].samples[key])
+        found = contrast(metric, drafts[one].samples[key], drafts[two].samples[key])
         return mine < theirs and found is not None and verdict(metric, found) == "better"
 
     members, dominated = front(list(able), list(by_id), worse, better)
@@ -209,6 +214,16 @@ def _cost(draft: Draft) -> Cost | None:
         return None
     means = [sum(values) / len(draft.costs) for values in zip(*draft.costs, strict=True)]
     return Cost(means[0], means[1], means[2], means[3], draft.from_checkpoint)
+
+
+def _curves(draft: Draft, layout: Layout, place: Place) -> dict[str, tuple[float | None, ...]]:
+    """Setting -> the mean curve over seeds, for the settings of one place."""
+    return {
+        setting.id: curve
+        for setting in layout.settings
+        if setting.place == place
+        if (curve := _mean_curve(draft.curves.get(layout.keys[setting.id], [])))
+    }
 
 
 def _mean_curve(curves: list[tuple[float | None, ...]]) -> tuple[float | None, ...]:

@@ -62,7 +62,7 @@ def lay_out(drafts: Sequence[Draft]) -> Layout:
             key=lambda s: len(_arms(drafts, keys[s.id])),
             default=None,
         )
-        for place in ("quality", "speed")
+        for place in ("quality", "divergence", "recall", "multi_turn", "speed")
     }
     columns: list[Column] = []
     for metric in METRICS.values():
@@ -107,8 +107,10 @@ def _settings(
     keys: dict[str, tuple[Any, ...]] = {}
     for key, members in readings.items():
         job, first = members[0]
-        taken = sum(name == job or name.startswith(f"{job}/") for name in keys)
-        name = f"{job}/{taken + 1}" if taken else job
+        # An evaluation has settings of several places: text keeps the job's name for itself.
+        own = job if first.place in ("quality", "speed") else f"{job}:{first.place}"
+        taken = sum(name == own or name.startswith(f"{own}/") for name in keys)
+        name = f"{own}/{taken + 1}" if taken else own
         details = dict(first.details)
         if first.place == "speed":
             details["headline_batch"] = _common_batch([reading for _, reading in members])
@@ -134,6 +136,15 @@ def _title(reading: Reading) -> str:
             f"{details['targets']:,} targets, from token {details['first_target']} of windows of "
             f"{details['sequence_length']}"
         )
+    if reading.place == "divergence":
+        return (
+            f"{details['count']:,} prompts of {details['prompt']} tokens, {details['targets']:,} "
+            f"targets after them, {details['generate']} tokens generated"
+        )
+    if reading.place in ("recall", "multi_turn"):
+        asked = "at the end of the prompt" if reading.place == "recall" else "after the cut"
+        void = f", {details['void_cells']} of {details['cells']} cells void"
+        return f"{details['count']:,} questions {asked}{void if details['void_cells'] else ''}"
     parts = [f"prompt {details['prompt']}, generate {details['generate']}"]
     parts += [str(details[name]) for name in ("device_name", "dtype") if details.get(name)]
     if details.get("threads") and str(details.get("device") or "cpu").startswith("cpu"):
@@ -157,6 +168,18 @@ def _notes(settings: Sequence[Setting]) -> list[str]:
             f"({names}); numbers of different sets stand in different columns and are never "
             "compared. One evaluate job scores all arms it names on common targets."
         )
+    for place, what in (
+        ("divergence", "Divergences"),
+        ("recall", "Answers"),
+        ("multi_turn", "Answers after the cut"),
+    ):
+        names = [setting.id for setting in settings if setting.place == place]
+        if len(names) > 1:
+            notes.append(
+                f"{what} were measured on {len(names)} different sets of prompts "
+                f"({', '.join(names)}); numbers of different sets stand in different columns and "
+                "are never compared."
+            )
     devices = {
         (s.details.get("device_name"), s.details.get("threads"))
         for s in settings

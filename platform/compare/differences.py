@@ -20,45 +20,47 @@ Samples = Mapping[str, Sample]
 """Seed -> its sample."""
 
 
-def log_ratio(metric: Metric, arm: Samples, other: Samples) -> Difference | None:
-    """Return log(arm / other), paired over the seeds that both have; None when there is none.
+def contrast(metric: Metric, arm: Samples, other: Samples) -> Difference | None:
+    """Return how far arm is from other, paired over the seeds that both have; None without any.
 
-    Counted numbers that do not move from seed to seed are known exactly. Losses are paired over
-    seeds and windows of text, or over windows when one seed was run. Timed numbers are paired over
-    seeds, or compared by the intervals of their repeats when one seed was run. Void samples, and
-    numbers without a logarithm, take no part.
+    That is log(arm / other), or arm - other where the metric is compared by differences. Counted
+    numbers that do not move from seed to seed are known exactly. What was measured window by window
+    is paired over seeds and windows, or over windows when one seed was run. Timed numbers are
+    paired over seeds, or compared by the intervals of their repeats when one seed was run. Void
+    samples, and numbers without a logarithm where one is needed, take no part.
     """
-    seeds = [seed for seed in arm if seed in other and _usable(arm[seed]) and _usable(other[seed])]
+    seeds = _common(metric, arm, other)
     if not seeds:
         return None
     ours, theirs = [arm[seed] for seed in seeds], [other[seed] for seed in seeds]
-    ratios = [math.log(a.value / b.value) for a, b in zip(ours, theirs, strict=True)]
-    if metric.exact and max(ratios) - min(ratios) < 1e-12:
-        return Difference(ratios[0], ratios[0], ratios[0], "counted")
+    apart = [_apart(metric, a, b) for a, b in zip(ours, theirs, strict=True)]
+    if metric.exact and max(apart) - min(apart) < 1e-12:
+        return Difference(apart[0], apart[0], apart[0], "counted")
     weights = ours[0].weights
     if weights is not None and all(sample.weights == weights for sample in (*ours, *theirs)):
         return _over_windows(ours, theirs, weights)
-    if len(ratios) > 1:
-        return paired(ratios)
-    return _over_repeats(ours[0], theirs[0], ratios[0])
+    if len(apart) > 1:
+        return paired(apart)
+    if metric.absolute:
+        return Difference(apart[0], None, None, "one seed")
+    return _over_repeats(ours[0], theirs[0], apart[0])
 
 
-def mean_log_ratio(arm: Samples, other: Samples) -> float | None:
-    """Return the estimate of `log_ratio` alone, which costs no interval."""
-    ratios = [
-        math.log(sample.value / other[seed].value)
-        for seed, sample in arm.items()
-        if seed in other and _usable(sample) and _usable(other[seed])
-    ]
-    return sum(ratios) / len(ratios) if ratios else None
+def mean_contrast(metric: Metric, arm: Samples, other: Samples) -> float | None:
+    """Return the estimate of `contrast` alone, which costs no interval."""
+    apart = [_apart(metric, arm[seed], other[seed]) for seed in _common(metric, arm, other)]
+    return sum(apart) / len(apart) if apart else None
 
 
 def change(metric: Metric, arm: Samples, baseline: Samples) -> Change | None:
-    """Return what may be said of `arm` against `baseline`, as a ratio."""
-    difference = log_ratio(metric, arm, baseline)
+    """Return what may be said of `arm` against `baseline`: a ratio, or a difference."""
+    difference = contrast(metric, arm, baseline)
     if difference is None:
         return None
     low, high = difference.low, difference.high
+    if metric.absolute:
+        said = verdict(metric, difference)
+        return Change(None, low, high, said, difference.basis, difference.estimate)
     return Change(
         ratio=math.exp(difference.estimate),
         low=None if low is None else math.exp(low),
@@ -106,5 +108,18 @@ def _over_repeats(ours: Sample, theirs: Sample, ratio: float) -> Difference:
     )
 
 
-def _usable(sample: Sample) -> bool:
-    return sample.void is None and sample.value > 0
+def _common(metric: Metric, arm: Samples, other: Samples) -> list[str]:
+    """The seeds that both have a usable number of."""
+    return [
+        seed
+        for seed, sample in arm.items()
+        if seed in other and _usable(metric, sample) and _usable(metric, other[seed])
+    ]
+
+
+def _apart(metric: Metric, one: Sample, two: Sample) -> float:
+    return one.value - two.value if metric.absolute else math.log(one.value / two.value)
+
+
+def _usable(metric: Metric, sample: Sample) -> bool:
+    return sample.void is None and (metric.absolute or sample.value > 0)

@@ -52,19 +52,41 @@ def cost_text(cost: Cost) -> tuple[str, str]:
     return time, work
 
 
-def change_text(change: Change) -> str:
-    """`×1.06 [1.04, 1.08]`, or that nothing may be said."""
+def change_text(metric: Metric, change: Change) -> str:
+    """`×1.06 [1.04, 1.08]` or `+0.12 [+0.10, +0.14]`, or that nothing may be said."""
     if change.verdict == "not distinguished":
         return "not distinguished"
     if change.verdict == "equal":
         return "equal"
-    text = f"×{_ratio(change.ratio)}"
-    if change.low is None or change.high is None:
+    if change.ratio is None:
+        assert change.difference is not None
+        scale = max(abs(v) for v in (change.difference, change.low, change.high) if v is not None)
+        text = signed_text(metric, change.difference, scale)
+        bounds = [signed_text(metric, v, scale) for v in (change.low, change.high) if v is not None]
+    else:
+        text = f"×{_ratio(change.ratio)}"
+        bounds = [_ratio(v) for v in (change.low, change.high) if v is not None]
+    if len(bounds) < 2:
         return f"{text}, no interval"
     if change.low == change.high:
         return text
     # Never broken inside the brackets.
-    return f"{text} [{_ratio(change.low)},\N{NO-BREAK SPACE}{_ratio(change.high)}]"
+    return f"{text} [{bounds[0]},\N{NO-BREAK SPACE}{bounds[1]}]"
+
+
+def signed_text(metric: Metric, difference: float, scale: float | None = None) -> str:
+    """A difference with its sign, in the digits of `scale`; shares in points of a hundred."""
+    share = metric.unit == "%"
+    size = abs(difference if scale is None else scale) * (100 if share else 1)
+    value = difference * (100 if share else 1)
+    digits = 1 if share else _digits(size)
+    return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def amount_text(metric: Metric, difference: float) -> str:
+    """A difference without its sign: `0.12 nat`, `12.5 points`."""
+    unit = "points" if metric.unit == "%" else metric.unit
+    return f"{signed_text(metric, difference)[1:]} {unit}".rstrip()
 
 
 def interval_text(metric: Metric, number: Number) -> str:
@@ -100,6 +122,8 @@ def _scale(metric: Metric, value: float) -> tuple[float, str]:
         return _unit(value, _SECONDS)
     if metric.unit == "B":
         return (1.0, "B") if value < WHOLE_BYTES else _unit(value, _BYTES)
+    if metric.unit == "%":
+        return 0.01, "%"
     if metric.unit == "FLOP":
         scale, unit = _unit(value, _FLOPS)
         return scale, f"{unit}FLOP"
@@ -119,7 +143,7 @@ def _digits(value: float, metric: Metric | None = None) -> int:
     if value == 0 or not isfinite(value):
         return 0
     whole = metric is not None and metric.exact and value == int(value)
-    wanted = 4 if metric is not None and metric.place == "quality" else 3
+    wanted = 4 if metric is not None and metric.quality and not metric.absolute else 3
     if whole:
         return 0
     return max(0, wanted - 1 - int(log10(abs(value)))) if abs(value) >= 1 else wanted

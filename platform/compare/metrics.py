@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 Direction = Literal["lower", "higher"]
-Place = Literal["quality", "speed", "training"]
-"""Where a number comes from: an evaluation, a benchmark, or the jobs that made the model."""
+Place = Literal["quality", "divergence", "recall", "multi_turn", "speed", "training"]
+"""Where a number comes from: a part of an evaluation, a benchmark, or what made the model."""
+QUALITIES = frozenset({"quality", "divergence", "recall", "multi_turn"})
+"""Places of an evaluation: held-out text, the full cache's answers to it, and questions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,7 @@ class Metric:
         key: its name in results, JSON and `report.pareto`. title: its name in a table.
         exact: counted, not measured: equal settings give equal values, so no interval is needed.
         timed: a clock was involved, so gates about timing void it.
+        absolute: it is compared by differences, not by ratios: it may be zero.
     """
 
     key: str
@@ -27,6 +30,12 @@ class Metric:
     place: Place
     exact: bool = False
     timed: bool = False
+    absolute: bool = False
+
+    @property
+    def quality(self) -> bool:
+        """Whether it says how good the model's answers are, not what they cost."""
+        return self.place in QUALITIES
 
 
 RATES = {"tokens_per_second": "tokens/s", "decode_tokens_per_second": "decode tokens/s"}
@@ -40,6 +49,12 @@ METRICS: dict[str, Metric] = {
         Metric("perplexity_per_byte", "perplexity per byte", "", "lower", "quality"),
         Metric("bits_per_byte", "bits per byte", "bit", "lower", "quality"),
         Metric("loss", "loss", "nat", "lower", "quality"),
+        Metric("kl", "KL", "nat", "lower", "divergence", absolute=True),
+        Metric("top1_agreement", "top-1 agreement", "%", "higher", "divergence", absolute=True),
+        Metric("identical_tokens", "identical tokens", "", "higher", "divergence", absolute=True),
+        Metric("continuation_perplexity", "continuation perplexity", "", "lower", "divergence"),
+        Metric("recall", "recall", "%", "higher", "recall", absolute=True),
+        Metric("recall_after_cut", "recall after cut", "%", "higher", "multi_turn", absolute=True),
         Metric("tokens_per_second", "tokens/s", "tok/s", "higher", "speed", timed=True),
         Metric(
             "decode_tokens_per_second", "decode tokens/s", "tok/s", "higher", "speed", timed=True

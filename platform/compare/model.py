@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any, Literal
 
+from kvlab.platform.compare.calibrations import Calibration
 from kvlab.platform.compare.metrics import METRICS, Metric, Place
+from kvlab.platform.compare.samples import Recalled
 
 Verdict = Literal["better", "worse", "equal", "not distinguished", "no interval"]
 SCHEMA = 1
@@ -15,13 +17,19 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """An arm's number over its baseline's: the ratio, its 95 % interval, and what may be said."""
+    """An arm's number against its baseline's.
 
-    ratio: float
+    Attributes:
+        ratio: over the baseline's; None where `difference` is what is compared.
+        low, high: 95 % interval of the ratio or the difference. verdict: what may be said.
+    """
+
+    ratio: float | None
     low: float | None
     high: float | None
     verdict: Verdict
     basis: str
+    difference: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +112,8 @@ class Arm:
         states: how many of its jobs (model and measurements) are in which state.
         problems: what did not finish, and why.
         loss_by_position: setting id -> mean loss at each position of a window (None: not scored).
+        kl_by_position: setting id -> mean divergence at each position after the prompt.
+        cells: setting id -> accuracy by task, length and depth.
     """
 
     id: str
@@ -119,6 +129,8 @@ class Arm:
     cost: Cost | None
     loss_by_position: Mapping[str, tuple[float | None, ...]]
     models: tuple[int, ...]
+    kl_by_position: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
+    cells: Mapping[str, tuple[Recalled, ...]] = field(default_factory=dict)
 
     def number(self, column: str) -> Number:
         return self.numbers.get(column, Number(None, missing="not measured"))
@@ -145,6 +157,7 @@ class Comparison:
         columns: in the order of tables; those marked `headline` make the main one.
         notes: what a reader must know before believing a number.
         measured: whether some arm has a number; where jobs measure, one that was measured.
+        calibrations: what its calibrate jobs found.
         environments: device descriptions seen in benchmarks, each with the settings it belongs to.
     """
 
@@ -162,6 +175,7 @@ class Comparison:
     environments: tuple[Mapping[str, Any], ...]
     jobs: Mapping[str, int]
     measured: bool
+    calibrations: tuple[Calibration, ...] = ()
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.id == name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from kvlab.platform.compare.metrics import (
     Place,
     gate_reason,
 )
+from kvlab.platform.compare.statistics import bootstrapped
 
 
 class Key(NamedTuple):
@@ -31,8 +32,9 @@ class Sample:
 
     Attributes:
         low, high: 95 % interval of its repeats, where it was repeated.
-        windows, weights: its mean loss in each window of text and the targets scored there; how
-            much the metric's logarithm moves per unit of loss is `slope`.
+        windows, weights: its mean loss (or itself, where it is compared by differences) in each
+            window of text or question, and the targets scored there; how much the metric's
+            logarithm moves per unit of loss is `slope`.
         void: why it does not count.
     """
 
@@ -45,19 +47,52 @@ class Sample:
     void: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """Accuracy in one cell: task, tokens of the prompt, depth of what is asked for (0 to 1).
+
+    void: why it does not count.
+    """
+
+    task: str
+    length: int
+    depth: float
+    accuracy: float
+    full_accuracy: float
+    void: str | None
+
+
 @dataclass(slots=True)
 class Reading:
-    """What one measuring job's result holds."""
+    """What one measuring job's result holds in one setting.
+
+    Attributes:
+        by_position: mean loss at each position of a window; or mean divergence at each position
+            after the prompt. None where nothing was scored.
+        cells: of a recall.
+    """
 
     place: Place
     setting: tuple[Any, ...]
     details: dict[str, Any]
     samples: dict[Key, Sample] = field(default_factory=dict)
-    loss_by_position: tuple[float | None, ...] | None = None
+    by_position: tuple[float | None, ...] | None = None
+    cells: tuple[Recalled, ...] = ()
+
+
+def read_evaluation(spec: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[Reading]:
+    """Read an evaluation: whatever of held-out text, divergence and recall it measured."""
+    if "targets" in result:
+        yield read_quality(spec, result)
+    if "divergence" in result:
+        yield read_divergence(result)
+    for place, metric in (("recall", "recall"), ("multi_turn", "recall_after_cut")):
+        if place in result:
+            yield read_recall(result, place, metric)
 
 
 def read_quality(spec: Mapping[str, Any], result: Mapping[str, Any]) -> Reading:
-    """Read an evaluation. Its setting is the very targets it scored: their hash and window."""
+    """Read scored text. Its setting is the very targets that were scored: their hash and window."""
     targets = result["targets"]
     length = spec.get("sequence_length")
     setting = ("quality", targets["hash"], length)
@@ -83,11 +118,68 @@ def read_quality(spec: Mapping[str, Any], result: Mapping[str, Any]) -> Reading:
         )
         reading.samples[Key(name, setting, None)] = sample
     if by_position := result.get("loss_by_position"):
-        reading.loss_by_position = tuple(_number(value) for value in by_position)
+        reading.by_position = tuple(_number(value) for value in by_position)
     return reading
 
 
-def read_speed(spec: Mapping[str, Any], result: Mapping[str, Any]) -> Reading:
+def read_divergence(result: Mapping[str, Any]) -> Reading:
+    """Read a comparison with the full cache. Its setting is the very prompts, by their hash."""
+    found = result["divergence"]
+    prompts, windows = found["prompts"], found["windows"]
+    setting = ("divergence", prompts["hash"])
+    reading = Reading("divergence", setting, dict(prompts))
+    void = _void(_closed_gates(result), timed=False)
+    targets = windows["targets"]
+    for name, each, weights in (
+        ("kl", windows["kl"], targets),
+        ("top1_agreement", windows["top1_agreement"], targets),
+        ("identical_tokens", windows["identical_tokens"], [1] * len(targets)),
+    ):
+        reading.samples[Key(name, setting, None)] = _each(found[name], each, weights, void)
+    if (value := _number(found["perplexity"])) is not None:
+        losses, weights = tuple(windows["losses"]), tuple(map(float, targets))
+        reading.samples[Key("continuation_perplexity", setting, None)] = Sample(
+            value, windows=losses, weights=weights, void=void
+        )
+    reading.by_position = tuple(_number(value) for value in found["by_position"]["kl"])
+    return reading
+
+
+def read_recall(result: Mapping[str, Any], place: Place, metric: str) -> Reading:
+    """Read answers to questions. Their setting is the very questions that stand, by their hash."""
+    found = result[place]
+    setting = (place, found["prompts"]["hash"])
+    cells = tuple(Recalled(**cell) for cell in found["cells"])
+    voids = sum(cell.void is not None for cell in cells)
+    details = {**found["prompts"], "cells": len(cells), "void_cells": voids}
+    reading = Reading(place, setting, details, cells=cells)
+    void = _void(_closed_gates(result), timed=False)
+    key = Key(metric, setting, None)
+    if found["accuracy"] is not None:
+        answers = found["answers"]
+        reading.samples[key] = _each(found["accuracy"], answers, [1] * len(answers), void)
+    elif cells:
+        mean = sum(cell.accuracy for cell in cells) / len(cells)
+        reading.samples[key] = Sample(mean, void=f"in every cell {cells[0].void}"[:200])
+    return reading
+
+
+def _each(
+    value: float, each: Sequence[float], weights: Sequence[float], void: str | None
+) -> Sample:
+    """A number that is the weighted mean of its values in windows, with its interval over them."""
+    found = bootstrapped(each, weights)
+    return Sample(
+        value,
+        low=found.low,
+        high=found.high,
+        windows=tuple(map(float, each)),
+        weights=tuple(map(float, weights)),
+        void=void,
+    )
+
+
+def read_speed(spec: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[Reading]:
     """Read a benchmark. Its setting is the load and the device: other machines, other columns."""
     environment = result.get("environment") or {}
     details: dict[str, Any] = {"prompt": spec.get("prompt"), "generate": spec.get("generate")}
@@ -117,10 +209,10 @@ def read_speed(spec: Mapping[str, Any], result: Mapping[str, Any]) -> Reading:
     if largest is not None:
         void = _void(closed, timed=False)
         reading.samples[Key("largest_batch", setting, None)] = Sample(largest, void=void)
-    return reading
+    yield reading
 
 
-READERS = {"evaluate": read_quality, "benchmark": read_speed}
+READERS = {"evaluate": read_evaluation, "benchmark": read_speed}
 """Kinds of measuring job that a comparison can read."""
 
 

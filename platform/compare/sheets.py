@@ -13,8 +13,9 @@ from kvlab.platform.compare.formats import (
     number_text,
     value_text,
 )
-from kvlab.platform.compare.metrics import AT_BUDGET, METRICS, RATES
+from kvlab.platform.compare.metrics import AT_BUDGET, METRICS, QUALITIES, RATES
 from kvlab.platform.compare.model import Arm, Column, Comparison, Number, Setting
+from kvlab.platform.compare.samples import Recalled
 
 NO_BREAK = "\N{NO-BREAK SPACE}"
 Tone = Literal["plain", "better", "worse", "faint", "void", "name"]
@@ -61,6 +62,12 @@ def main_sheet(comparison: Comparison) -> Sheet:
         for name in (
             "perplexity",
             "perplexity_per_byte",
+            "continuation_perplexity",
+            "kl",
+            "top1_agreement",
+            "identical_tokens",
+            "recall",
+            "recall_after_cut",
             "tokens_per_second",
             "time_to_first_token",
             "kv_bytes_per_token",
@@ -91,12 +98,14 @@ def further_sheets(comparison: Comparison) -> list[Sheet]:
     sheets = []
     for setting in comparison.settings:
         columns = [column for column in comparison.columns if column.setting == setting.id]
-        if setting.place == "quality":
+        if setting.place in QUALITIES:
             shown = [] if any(c.headline for c in columns) else columns
         else:
             shown = _speed_columns(columns)
         if shown:
             sheets.append(_setting_sheet(comparison, setting, shown))
+        if any(setting.id in arm.cells for arm in comparison.arms):
+            sheets.append(_recall_sheet(comparison, setting))
     return sheets
 
 
@@ -121,6 +130,36 @@ def _setting_sheet(comparison: Comparison, setting: Setting, shown: Sequence[Col
         or any(arm.number(column.id).missing != "not measured" for column in shown)
     )
     return Sheet(f"{setting.id}: {setting.title}", "", headings, rows)
+
+
+def _recall_sheet(comparison: Comparison, setting: Setting) -> Sheet:
+    """Recall of each arm by task and length, over the depths that stand."""
+    arms = [arm for arm in comparison.arms if setting.id in arm.cells]
+    places = list(dict.fromkeys((c.task, c.length) for a in arms for c in a.cells[setting.id]))
+    headings = [Heading(task.replace("_", " "), f"{length} tokens") for task, length in places]
+    rows = [
+        (
+            _name(arm, comparison, brief=True),
+            *(
+                _recalled([c for c in arm.cells[setting.id] if (c.task, c.length) == place])
+                for place in places
+            ),
+        )
+        for arm in arms
+    ]
+    title = f"{setting.id}, by length: {setting.title}"
+    return Sheet(title, "", (Heading("method"), *headings), tuple(rows))
+
+
+def _recalled(cells: Sequence[Recalled]) -> Cell:
+    standing = [cell for cell in cells if cell.void is None]
+    hint = "\n".join(f"depth {c.depth:g}: {c.void or f'{c.accuracy:.0%}'}" for c in cells)
+    if not standing:
+        return Cell((Line("void", "void"),) if cells else (Line("—", "faint"),), hint)
+    lines = [Line(f"{sum(c.accuracy for c in standing) / len(standing):.1%}".replace("%", " %"))]
+    if len(standing) < len(cells):
+        lines.append(Line(f"{len(cells) - len(standing)} of {len(cells)} depths void", "void"))
+    return Cell(tuple(lines), hint)
 
 
 def _heading(column: Column) -> Heading:
@@ -154,7 +193,7 @@ def _cell(arm: Arm, column: Column, predicted: Column | None) -> Cell:
     if number.unpaired is not None:
         lines.append(Line("other seeds than the baseline", "worse"))
     if number.change is not None:
-        lines.append(Line(change_text(number.change), _tone(number)))
+        lines.append(Line(change_text(column.kind, number.change), _tone(number)))
     if predicted is not None and column.metric == "kv_bytes_per_token":
         other = arm.number(predicted.id)
         if other.value is not None:
@@ -179,11 +218,11 @@ def _hint(arm: Arm, column: Column, number: Number) -> str:
     if number.unpaired is not None:
         parts.append(number.unpaired)
     if number.change is not None:
-        low, high = number.change.low, number.change.high
+        low, high, ratio = number.change.low, number.change.high, number.change.ratio
         span = f" [{low:.4g}, {high:.4g}]" if low is not None and high is not None else ""
+        amount = f"{number.change.difference:+.4g}" if ratio is None else f"×{ratio:.4g}"
         parts.append(
-            f"over {arm.against}: ×{number.change.ratio:.4g}{span}, {number.change.verdict} "
-            f"({number.change.basis})"
+            f"over {arm.against}: {amount}{span}, {number.change.verdict} ({number.change.basis})"
         )
     return "\n".join(parts)
 
@@ -232,6 +271,8 @@ def _caption(comparison: Comparison) -> str:
     parts = ["mean ± standard deviation over seeds"]
     if any(arm.against for arm in comparison.arms):
         parts.append(f"× is the ratio to {comparison.baseline} with its 95 % interval")
+        if any(column.headline and column.kind.absolute for column in comparison.columns):
+            parts.append("+ and \N{MINUS SIGN} are differences (of shares: in points)")
     if comparison.front is not None:
         columns = [comparison.column(name) for name in comparison.front.columns]
         named = ", ".join(c.kind.title for c in columns if c)

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvlab.platform.compare.formats import percent_text
+from kvlab.platform.compare.calibrations import calibrations_in_words
+from kvlab.platform.compare.formats import amount_text, percent_text, signed_text
 from kvlab.platform.compare.labels import grouped, listed
+from kvlab.platform.compare.metrics import Metric
 from kvlab.platform.compare.model import Arm, Change, Column, Comparison
 
 MOST_ARMS = 8
 """Arms that get a sentence each; the table has them all."""
 NEGLIGIBLE = 1.05
 """A ratio of qualities that may be called no loss when the interval ends below it."""
-DEFAULT = ("perplexity", "tokens_per_second", "kv_bytes_per_token")
+DEFAULT = (
+    "perplexity", "kl", "recall", "recall_after_cut", "tokens_per_second", "kv_bytes_per_token",
+)  # fmt: skip
 
 
 def summarise_in_words(comparison: Comparison) -> list[str]:
     """Return sentences: what was compared, each arm against the baseline, and what is worth it."""
+    calibrated = calibrations_in_words(comparison.calibrations[:MOST_ARMS])
     if not comparison.arms:
-        return ["This workflow measures no model, so there is nothing to compare."]
+        return calibrated or ["This workflow measures no model, so there is nothing to compare."]
     if not comparison.measured:
-        return ["No arm has a number yet." if _unfinished(comparison) else "No arm has a number."]
+        yet = " yet" if _unfinished(comparison) else ""
+        return [f"No arm has a number{yet}.", *calibrated]
     columns = _columns(comparison)
     sentences = [_opening(comparison)]
     for arm in _spoken_of(comparison):
@@ -28,7 +34,7 @@ def summarise_in_words(comparison: Comparison) -> list[str]:
             sentences.append(f"{arm.id} against {arm.against}: {'; '.join(claims)}.")
     sentences.extend(_worth(comparison, columns))
     sentences.extend(_front(comparison))
-    return sentences
+    return [*sentences, *calibrated]
 
 
 def _spoken_of(comparison: Comparison) -> list[Arm]:
@@ -72,15 +78,17 @@ def _claims(arm: Arm, columns: Sequence[Column]) -> list[str]:
         if number.void:
             claims.append(f"{name} void ({number.void})")
         elif number.change is not None:
-            claims.append(f"{name} {_claim(number.change)}")
+            claims.append(f"{name} {_claim(column.kind, number.change)}")
         elif number.value is None:
             claims.append(f"{name} {number.missing or 'not measured'}")
     return claims
 
 
-def _claim(change: Change) -> str:
+def _claim(metric: Metric, change: Change) -> str:
     if change.verdict == "equal":
         return "equal"
+    if change.ratio is None:
+        return _apart(metric, change)
     if change.verdict == "no interval":
         return f"×{change.ratio:.2f}, from one seed and without an interval"
     if change.verdict == "not distinguished":
@@ -94,6 +102,19 @@ def _claim(change: Change) -> str:
     return f"{percent_text(change.ratio)} {word}{interval}"
 
 
+def _apart(metric: Metric, change: Change) -> str:
+    """What may be said where arms are compared by differences."""
+    assert change.difference is not None
+    amount = amount_text(metric, change.difference)
+    word = "lower" if change.difference < 0 else "higher"
+    if change.low is None or change.high is None:
+        return f"{amount} {word}, from one seed and without an interval"
+    span = f"{signed_text(metric, change.low)} to {signed_text(metric, change.high)}"
+    if change.verdict == "not distinguished":
+        return f"not distinguished ({span})"
+    return f"{amount} {word} ({span})" if change.low < change.high else f"{amount} {word}"
+
+
 def _signed(ratio: float | None) -> str:
     if ratio is None:
         return "?"
@@ -102,7 +123,7 @@ def _signed(ratio: float | None) -> str:
 
 def _worth(comparison: Comparison, columns: Sequence[Column]) -> list[str]:
     """Arms that gain something known while no quality is known to be lost, and the reverse."""
-    quality = [c for c in columns if c.kind.place == "quality"]
+    quality = [c for c in columns if c.kind.quality]
     others = [c for c in columns if c not in quality]
     sentences = []
     for arm in _spoken_of(comparison):
@@ -117,18 +138,31 @@ def _worth(comparison: Comparison, columns: Sequence[Column]) -> list[str]:
         if cost.verdict == "better":
             sentences.append(f"{arm.id} is better on {gained} and on {_named(quality[0])}.")
         elif cost.verdict == "not distinguished" and cost.high is not None:
-            sentences.append(_undecided(arm, gained, _named(quality[0]), cost.high))
+            sentences.append(_undecided(arm, gained, quality[0], cost))
         elif cost.verdict == "worse":
             sentences.append(
-                f"{arm.id} buys {gained} with {percent_text(cost.ratio)} more "
-                f"{_named(quality[0])}: worth it only where that is acceptable."
+                f"{arm.id} buys {gained} with {_loss(quality[0], cost)}: worth it only where that "
+                "is acceptable."
             )
     return sentences
 
 
-def _undecided(arm: Arm, gained: str, quality: str, high: float) -> str:
-    worst = f"{quality} up to {percent_text(high)} higher"
-    if high > NEGLIGIBLE:
+def _loss(column: Column, change: Change) -> str:
+    less = "more" if column.kind.better == "lower" else "less"
+    if change.ratio is not None:
+        return f"{percent_text(change.ratio)} {less} {_named(column)}"
+    return f"{amount_text(column.kind, change.difference or 0.0)} {less} {_named(column)}"
+
+
+def _undecided(arm: Arm, gained: str, column: Column, change: Change) -> str:
+    quality, worse = _named(column), change.high if column.kind.better == "lower" else change.low
+    assert worse is not None
+    if change.ratio is None:
+        beyond = "higher" if column.kind.better == "lower" else "lower"
+        worst = f"{quality} up to {amount_text(column.kind, worse)} {beyond}"
+        return f"{arm.id} gains on {gained}; its quality is undecided: {worst} is not ruled out."
+    worst = f"{quality} up to {percent_text(worse)} higher"
+    if worse > NEGLIGIBLE:
         return f"{arm.id} gains on {gained}; its quality is undecided: {worst} is not ruled out."
     return f"{arm.id} gains on {gained} without a loss of quality that shows: at worst {worst}."
 

@@ -28,7 +28,7 @@ def plot(comparison: Comparison, colour: Mapping[str, str]) -> Iterator[Chart]:
     columns = [column for name in comparison.front.columns if (column := comparison.column(name))]
     for number, (first, second) in enumerate(combinations(columns, 2)):
         # Quality goes upward wherever it is shown, the price of it to the right.
-        x, y = (second, first) if first.kind.place == "quality" else (first, second)
+        x, y = (second, first) if first.kind.quality else (first, second)
         shown = [a for a in comparison.arms if a.number(x.id).stands and a.number(y.id).stands]
         if len(shown) < 2:
             continue

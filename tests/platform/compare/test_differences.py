@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from kvlab.platform.compare.differences import change, log_ratio
+from kvlab.platform.compare.differences import change, contrast
 from kvlab.platform.compare.metrics import METRICS
 from kvlab.platform.compare.samples import Sample
 
@@ -54,10 +54,10 @@ def test_losses_over_seeds_and_windows() -> None:
 
 def test_a_seed_that_one_arm_lacks_takes_no_part() -> None:
     arm = {"0": Sample(110.0), "1": Sample(112.0), "2": Sample(1.0)}
-    found = log_ratio(SPEED, arm, {"0": Sample(100.0), "1": Sample(100.0)})
+    found = contrast(SPEED, arm, {"0": Sample(100.0), "1": Sample(100.0)})
     assert found is not None
     assert found.estimate == pytest.approx(math.log(1.1 * 1.12) / 2)
-    assert log_ratio(SPEED, {"5": Sample(1.0)}, {"0": Sample(1.0)}) is None
+    assert contrast(SPEED, {"5": Sample(1.0)}, {"0": Sample(1.0)}) is None
 
 
 def test_one_seed_of_a_timed_number_uses_its_repeats() -> None:
@@ -78,10 +78,10 @@ def test_one_seed_without_repeats_says_nothing() -> None:
 
 def test_void_samples_take_no_part() -> None:
     arm = {"0": Sample(110.0, void="shared"), "1": Sample(112.0)}
-    found = log_ratio(SPEED, arm, {"0": Sample(100.0), "1": Sample(100.0)})
+    found = contrast(SPEED, arm, {"0": Sample(100.0), "1": Sample(100.0)})
     assert found is not None
     assert found.estimate == pytest.approx(math.log(1.12))
-    assert log_ratio(SPEED, {"0": arm["0"]}, {"0": Sample(100.0)}) is None
+    assert contrast(SPEED, {"0": arm["0"]}, {"0": Sample(100.0)}) is None
 
 
 def test_the_other_qualities_move_with_the_loss() -> None:
