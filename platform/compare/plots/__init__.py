@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from kvlab.platform.compare.curves import Curve
 from kvlab.platform.compare.model import Comparison
-from kvlab.platform.compare.plots import pareto, positions, throughput, training
+from kvlab.platform.compare.plots import calibration, pareto, positions, throughput, training
 from kvlab.platform.compare.plots.layout import Chart, colours
 
 __all__ = ["Chart", "charts", "colours"]
@@ -20,4 +20,5 @@ def charts(comparison: Comparison, curves: Mapping[str, Curve]) -> list[Chart]:
         *throughput.plot(comparison, colour),
         *positions.plot(comparison, colour),
         *training.plot(comparison, curves, colour),
+        *calibration.plot(comparison),
     ]
