@@ -327,7 +327,8 @@ class EvictingCache(Cache):
         if marks is not None and scores is not None:
             scores[..., : table.high] += marks[..., : table.high]
             fresh = marks[..., table.high :]
-        slots = table.merge(layer, self._positions(), fresh, self._newest)
+        window = self._window(table)
+        slots = table.merge(layer, self._positions(), fresh, self._newest, window)
         self._storage[layer].put(slots, k, v)
 
     def _tally(self, kv: int, grown: Tensor) -> None:

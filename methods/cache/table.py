@@ -110,7 +110,7 @@ class Table:
 
         Args:
             scores: [B, H, S]. newest: [B, 1, 1].
-            window: rows that no layer can read any more leave first; None: all can be read.
+            window: rows that no later query can read leave first; None: all can be read.
         """
         if self._chosen is not None:
             return self._chosen
@@ -134,7 +134,7 @@ class Table:
         ranks = self.ranking.rank(Rows(positions, scores, newest, self.budget, self.heads))
         if window is not None:
             lowest = torch.finfo(ranks.dtype).min
-            ranks = ranks.masked_fill(positions <= newest - window, lowest)
+            ranks = ranks.masked_fill(positions <= newest + 1 - window, lowest)
         return ranks.masked_fill(positions == EMPTY, float("-inf"))
 
     def install(self, layer: int, chosen: Chosen, positions: Tensor, scores: Tensor | None) -> None:
@@ -173,7 +173,12 @@ class Table:
         self.low, self.high = min(self.low + 1, self.usable), min(self.high + 1, self.capacity)
 
     def merge(
-        self, layer: int, positions: Tensor, fresh_scores: Tensor | None, newest: Tensor
+        self,
+        layer: int,
+        positions: Tensor,
+        fresh_scores: Tensor | None,
+        newest: Tensor,
+        window: int | None,
     ) -> Tensor:
         """Enter a turn's rows, position [B, T]; return their slots [B, H or 1, T], -1: it left.
 
@@ -190,7 +195,7 @@ class Table:
             both = None
             if scores is not None and fresh_scores is not None:
                 both = torch.cat((scores, fresh_scores), dim=-1)
-            ranks = self.ranks(joined, both, newest, None)
+            ranks = self.ranks(joined, both, newest, window)
             order = ranks.argsort(dim=-1, descending=True, stable=True)
             rank = torch.empty_like(order)
             rank.scatter_(-1, order, torch.arange(rank.shape[-1], device=rank.device).expand_as(rank))

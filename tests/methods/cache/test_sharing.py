@@ -11,6 +11,7 @@ from torch import Tensor
 from kvlab.methods.cache.ephemeral import EphemeralCache
 from kvlab.methods.cache.interface import Cache
 from kvlab.methods.cache.opening import one_pass_cache, open_cache
+from kvlab.methods.cache.windows import ReadsWindow
 from kvlab.methods.decoder.config import DecoderConfig, Sharing
 from kvlab.methods.decoder.language_model import TokenModel
 from kvlab.methods.decoder.model import Decoder
@@ -61,7 +62,7 @@ def test_slots(
     decoder = tiny("llama", layers=4, windows=windows, sharing=Sharing(KV_OF)).decoder
     text = ids(2, 12)
     method = WINDOW if limited else resolve({})
-    policy = method["eviction"].value.load()(method["eviction"].params)
+    policy = ReadsWindow(4) if limited else None
     with torch.inference_mode():
         expected = read(decoder, text, KeepsAll(decoder.config, policy), (12,))
         found = read(decoder, text, slots(decoder.config, method, 12), chunks)
