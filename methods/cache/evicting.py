@@ -33,9 +33,10 @@ class EvictingCache(Cache):
     """Slots for each KV layer, of which a ranking says what leaves and a budget how many there are.
 
     A prompt is read in full. As soon as the last layer that reads a KV layer has, its best rows are
-    copied out and the others let go of; where the budget looks at all layers first (SqueezeAttention),
-    at the end of the prompt. A decode step overwrites one slot of each layer, sample and head before
-    it reads: no row is moved. A turn of several rows reads all that is held, then is cut.
+    copied out and the others let go of; where the budget looks at all layers before it divides
+    (SqueezeAttention), at the end of the prompt. A decode step overwrites one slot of each layer,
+    sample and head before it reads: no row is moved. A turn of several rows reads all that is held,
+    then is cut.
 
     Args:
         ranking: which rows stay.

@@ -73,7 +73,7 @@ class Cache(ABC):
     observes_all: bool = False
 
     def reserve(self, rows: int) -> None:  # noqa: B027
-        """Hear that a turn of so many rows begins, its answer included; see StreamingLLM's turns."""
+        """Hear that a turn of so many rows begins, its answer included (StreamingLLM's turns)."""
 
     def plan(self, step: Step) -> Extra | None:
         """Return query rows to run beside the caller's, or None."""

@@ -40,7 +40,7 @@ class Table:
 
     Args:
         budgets: [B] int64 on the CPU, past rows that each sample keeps.
-        rows: slots of each sample. Where nothing that comes after the prompt leaves, none is ever freed.
+        rows: slots of each sample.
         heads: that the layers hold rows for.
         scored: rows are ranked by scores that decode steps add to.
 
@@ -151,7 +151,7 @@ class Table:
         self.count.copy_(counts[:, None, None])
 
     def once(self, held: Tensor) -> Tensor:
-        """The positions [B, S] of rows [B, 1, S]: one object for all layers, so one mask is made."""
+        """Positions [B, S] of rows [B, 1, S]: one object for all layers, so one mask is made."""
         if self._readable is None:
             self._readable = held[:, 0]
         return self._readable
@@ -198,7 +198,8 @@ class Table:
             ranks = self.ranks(joined, both, newest, window)
             order = ranks.argsort(dim=-1, descending=True, stable=True)
             rank = torch.empty_like(order)
-            rank.scatter_(-1, order, torch.arange(rank.shape[-1], device=rank.device).expand_as(rank))
+            every = torch.arange(rank.shape[-1], device=rank.device)
+            rank.scatter_(-1, order, every.expand_as(rank))
             kept = (rank < self.budget) & (joined != EMPTY)
         held = own.masked_fill(~kept[..., : self.capacity], EMPTY)
         stays = kept[..., self.capacity :]

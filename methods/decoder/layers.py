@@ -43,12 +43,26 @@ class Pass:
         # Where keys stand that come without positions: those of packed rows.
         self._packed = self.places if positions is None else None
         self._masks: dict[tuple[int, Rule], tuple[Tensor, Tensor]] = {}
+        self._rotations: dict[int, tuple[Tensor, Rotation]] = {}
 
     def last_row(self, like: Tensor) -> Pass:
         """Return the same pass for its last row alone, which reads the keys of all of them."""
         last = Pass(self.places[:, -1:].expand(len(like), 1), self.frequencies, like, self.cache)
         last._packed = self._packed
         return last
+
+    def rotated(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotate x [B, H, T, D] to positions that a cache gave; their angles are worked out once.
+
+        `positions` are kept beside the rotation so that their id stays theirs.
+        """
+        if positions is self.places:
+            return self.rotation(x)
+        known = self._rotations.get(id(positions))
+        if known is None:
+            rotation = Rotation(self.frequencies, positions, x.dtype)
+            known = self._rotations[id(positions)] = positions, rotation
+        return known[1](x)
 
     def mask(self, rule: Rule, k_positions: Tensor | None) -> Tensor | None:
         """The mask of these keys, made once for all layers whose keys have the same positions.
@@ -121,8 +135,7 @@ class Attention(nn.Module):
         cache, (k, v, k_positions) = step.cache, keys
         if cache.rotates:
             for_queries, for_keys = cache.rotary_positions(self.source, step.places)
-            q = Rotation(step.frequencies, for_queries, q.dtype)(q)
-            k = Rotation(step.frequencies, for_keys, k.dtype)(k)
+            q, k = step.rotated(q, for_queries), step.rotated(k, for_keys)
         rule = cache.rule(self.layer, self.rule)
         mass_rows = cache.key_mass_rows(self.layer) if step.final else None
         out, key_mass = attend(
