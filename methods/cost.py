@@ -25,7 +25,8 @@ class Cost(ABC):
     as a prompt, under the method's eviction and budget, which is also what a decode step reads; and
     `prompt_window(config, method, layer)`, the window through which a prompt is read, or None. It
     may have `in_one_pass(config, method)`, whether a parallel pass scores as the live cache would
-    (else: no); `heads(config, method)`, heads that keep rows (else the KV heads); and
+    (else: no); `heads(config, method)`, heads that keep rows (else the KV heads); `slot_bytes(
+    config, method)`, what a cache knows of a head's row, in bytes, where heads differ (else 0); and
     `voters(config, method, prompt)`, prompt queries whose attention is worked out a second time
     (else none). For budgets see `kvlab.methods.budget.cost`. A value of the precision axis has
     `row_bytes(config, method, itemsize)`, the bytes of a row of one KV layer, keys and values; it
@@ -73,7 +74,10 @@ class Cost(ABC):
 
     @abstractmethod
     def kv_bytes(self, tokens: int, itemsize: int, prompt: int | None = None) -> int:
-        """Bytes of keys and values kept for a sequence of so many tokens."""
+        """Bytes of keys and values kept for a sequence of so many tokens.
+
+        Where heads keep rows of their own, what says which rows they are is part of it.
+        """
 
     def kv_bytes_per_token(self, context: int, itemsize: int, prompt: int | None = None) -> float:
         """Bytes kept per token of a sequence of so many."""

@@ -57,6 +57,8 @@ class DecoderCost(Cost):
         heads = _optional(self._eviction, "heads")
         kept = config.kv_heads if heads is None else heads(config, method)
         self._row = config if kept == config.kv_heads else config.with_(kv_heads=kept)
+        eviction = method["eviction"]
+        self._grows = eviction.value.grows is not None and eviction.value.grows(eviction.params)
         self._observes_all = any(choice.value.observes_all for choice in method.choices.values())
         self._windows = config.windows or (None,) * config.layers
         self._owners = frozenset(config.kv_of)
@@ -157,7 +159,10 @@ class DecoderCost(Cost):
         return self.linear_flops() + attention + self.head_flops()
 
     def kv_bytes(self, tokens: int, itemsize: int, prompt: int | None = None) -> int:
-        return round(self._held_bytes(self.rows(tokens, prompt).values(), itemsize))
+        rows = self.rows(tokens, prompt).values()
+        says = _optional(self._eviction, "slot_bytes")
+        known = 0 if says is None else says(self.config, self.method) * self._row.kv_heads
+        return round(self._held_bytes(rows, itemsize) + known * sum(rows))
 
     def kv_bytes_read_per_token(
         self, context: int, itemsize: int, prompt: int | None = None
@@ -177,10 +182,10 @@ class DecoderCost(Cost):
         return DecoderCost(self.config, fixed(self.method, rows), tables=self.tables)
 
     def _seen(self, layer: int, tokens: int, prompt: int | None) -> float:
-        """Rows kept of so many that are in the layer's own window."""
+        """Rows kept of so many: those in the layer's own window, where any are let go later."""
         kv, came = self.config.kv_of[layer], tokens if prompt is None else min(prompt, tokens)
         kept: float = self._eviction.rows(self.config, self.method, kv, tokens, came)
-        return min(kept, self._windows[layer] or kept)
+        return kept if self._grows else min(kept, self._windows[layer] or kept)
 
     def _voting_flops(self, prompt: int, windows: Windows) -> float:
         """FLOPs of attention scores that are worked out beside the fused attention, to be seen."""

@@ -35,5 +35,6 @@ ENTRY = Value(
     implementation="kvlab.methods.budget.global_topk.budget:GlobalTopK",
     cost="kvlab.methods.budget.uniform.cost",
     composes=composes,
+    observes_all=True,
     sources=("kvlab.methods.budget",),
 )
