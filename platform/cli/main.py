@@ -14,6 +14,7 @@ from kvlab import KvlabError, __version__
 COMMANDS = {
     "validate": "Check a workflow YAML and report every mistake at once.",
     "plan": "Show the jobs of a workflow: state, resources and predicted cost.",
+    "try": "Try every run-time method on a checkpoint, with no YAML and no training.",
     "run": "Run a workflow, locally or on a Ray cluster.",
     "status": "Show workflows, their jobs and attempts.",
     "logs": "Print what a job wrote.",
