@@ -154,7 +154,7 @@ def _attend_seen(
             allowed: Tensor | None = (places <= places[part, None])[None, None]
         else:
             allowed = None if mask is None else mask[:, :, part]
-        shares = _shares(q[:, :, part], k, allowed)
+        shares = _shares(q[:, :, part], k, allowed, reads=causal)
         mass += shares.unflatten(2, (-1, part.stop - part.start)).sum(3).flatten(1, 2)
         if len(seen) == rows:
             out = shares.to(v.dtype) @ v
@@ -164,8 +164,11 @@ def _attend_seen(
     return _attend(q, k, v, None if causal else mask, causal), mass
 
 
-def _shares(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """The probabilities [B, H_kv, G T, S] in the open, in float32; a group's queries in order."""
+def _shares(q: Tensor, k: Tensor, mask: Tensor | None, *, reads: bool = False) -> Tensor:
+    """The probabilities [B, H_kv, G T, S] in the open, in float32; a group's queries in order.
+
+    Args: reads: it is known that every row may read a key.
+    """
     batch, _, rows, dim = q.shape
     folded = q.reshape(batch, k.shape[1], -1, dim).float() * dim**-0.5
     scores: Tensor = folded @ k.float().transpose(-1, -2)
@@ -174,5 +177,5 @@ def _shares(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     group = folded.shape[2] // rows
     if group > 1:
         mask = mask.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(2, 3)
-    shares: Tensor = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
-    return shares * mask  # a row that may read nothing gives zero
+    shares = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
+    return shares if reads else shares * mask  # a row that may read nothing gives zero

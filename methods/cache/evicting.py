@@ -174,6 +174,8 @@ class EvictingCache(Cache):
             for table in self._tables:
                 table.recount()
         self._fresh.clear()
+        if not self._seen:
+            self._measures.reset()
         self._seen += self._step.rows
         if self._budget.refresh and self._measures.steps == self._budget.refresh:
             self._divide_anew()
