@@ -45,7 +45,8 @@ def dequantise(
         codes: integers. scale, low: broadcast to them; low None: no minimum was taken off.
         out: where to write it.
     """
-    x = torch.mul(codes, scale, out=out)
+    x = codes.to(scale.dtype) if out is None else out.copy_(codes)
+    x.mul_(scale)
     return x if low is None else x.add_(low)
 
 
@@ -73,10 +74,18 @@ def pack(codes: Tensor, bits: int, dim: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
     """Return the codes that `pack` packed along `dim` (negative), filling included."""
-    per = 8 // bits
+    per, most = 8 // bits, 2**bits - 1
+    if dim == -1 and per > 1:
+        # Neighbours in memory: a byte becomes a word with a code in each of its bytes.
+        words = packed.to(WORDS[per])
+        spread = words.clone()
+        for i in range(1, per):
+            spread |= words << (i * (8 - bits))
+        mask = sum(most << (8 * i) for i in range(per))
+        return spread.bitwise_and_(mask).view(torch.uint8)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
     codes: Tensor = packed.unsqueeze(dim) >> shifts.view(per, *[1] * (-dim - 1))
-    return codes.bitwise_and_(2**bits - 1).flatten(dim - 1, dim)
+    return codes.bitwise_and_(most).flatten(dim - 1, dim)
 
 
 def quantise_symmetric(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,6 +104,8 @@ def quantise_symmetric(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), scale
 
 
+WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers of so many bytes, the lowest first in memory."""
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MOST = 448.0
 """The largest number of that format."""
@@ -103,6 +114,15 @@ FLOAT8_MOST = 448.0
 def to_float8(x: Tensor) -> Tensor:
     """Round to 8-bit floats (4 bits of exponent, 3 of mantissa); what is too large is clamped."""
     return x.clamp(-FLOAT8_MOST, FLOAT8_MOST).to(FLOAT8)
+
+
+def from_float8(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return 8-bit floats (none of them NaN), whose bytes `codes` are, in another dtype."""
+    if codes.device.type != "cpu":
+        return codes.view(FLOAT8).to(dtype)
+    # CPUs convert them one by one, but half floats many at a time: the same bits, 8 powers lower.
+    half = (codes.view(torch.int8).to(torch.int16) << 7).bitwise_and_(~0x4000).view(torch.float16)
+    return half.to(dtype).mul_(256)
 
 
 def quantise_float8(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvlab.kernels.quantise import (
     FLOAT8_MOST,
     dequantise,
+    from_float8,
     pack,
     quantise,
     quantise_float8,
@@ -109,6 +110,15 @@ def test_fp8_keeps_four_bits(dtype: torch.dtype, table: list[list[float]]) -> No
     plain = to_float8(x).double()
     inside = x.double().clamp(-FLOAT8_MOST, FLOAT8_MOST)
     assert bool(((plain - inside).abs() <= inside.abs() / 16 + 2**-10).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_8_bit_float_is_read_as_torch_reads_it(dtype: torch.dtype) -> None:
+    codes = torch.arange(256).to(torch.uint8)
+    codes = codes[(codes & 0x7F) != 0x7F]  # NaN
+    expected = codes.view(torch.float8_e4m3fn).to(dtype)
+    assert torch.equal(from_float8(codes, dtype), expected)
+    assert len(expected.unique()) == 253
 
 
 def normal(table: list[list[float]], dtype: torch.dtype) -> Tensor:
