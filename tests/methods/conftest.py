@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from kvlab.methods.decoder.config import DecoderConfig, RopeScaling, gpt_neox, llama
+from kvlab.methods.decoder.huggingface.reader import read_checkpoint
 from kvlab.methods.decoder.language_model import TokenModel
 from kvlab.methods.registry import resolve
 
@@ -60,3 +64,18 @@ def ids() -> Callable[..., Tensor]:
     """A function from a shape to random token ids."""
     generator = torch.Generator().manual_seed(1)
     return lambda *shape: torch.randint(VOCABULARY, shape, generator=generator)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Callable[[dict[str, Any], dict[str, Tensor]], TokenModel]:
+    """A function from a golden file's sizes and tensors to the model, read as a checkpoint."""
+
+    def read(sizes: dict[str, Any], tensors: dict[str, Tensor]) -> TokenModel:
+        weights = {name[2:]: t for name, t in tensors.items() if name.startswith("w.")}
+        config = {"model_type": "llama", "hidden_act": "silu", "rope_theta": 10000.0} | sizes
+        config.pop("sliding_window", None)
+        save_file(weights, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return read_checkpoint(tmp_path).eval()
+
+    return read
