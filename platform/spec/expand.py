@@ -28,6 +28,8 @@ from kvlab.platform.spec.matrix import count, label, short_names
 from kvlab.platform.spec.order import named, order
 from kvlab.platform.spec.workflow import JobEntry, Workflow
 
+OF = "of"
+"""The role in which a job names the model that it is about."""
 MOST_CELLS = 100_000
 MOST_NEEDS = 1_000_000
 
@@ -188,8 +190,29 @@ class Expansion:
             except Unmatched as error:
                 self.workflow.blame(references[error.role][1], str(error))
                 raise _Told from None
-            drafts += [self._draft(job, variant, cell, tags) for cell in cells]
+            drafts += [self._draft(job, variant, cell, tags) for cell in self._paired(job, cells)]
         return drafts
+
+    def _paired(self, job: JobEntry, cells: Sequence[Joined]) -> Sequence[Joined]:
+        """Give each model what was found of that very model, where that was looked at."""
+        for role in KINDS[job.kind].reference_kinds:
+            own = {
+                cell.parents[OF].name
+                for cell in cells
+                if role in cell.parents and self._found_of(cell, role) == cell.parents[OF].name
+            }
+            cells = [
+                cell
+                for cell in cells
+                if cell.parents[OF].name not in own
+                or self._found_of(cell, role) == cell.parents[OF].name
+            ]
+        return cells
+
+    def _found_of(self, cell: Joined, role: str) -> str | None:
+        """The model that a cell's parent in this role is about."""
+        parent = self.parents[cell.parents[role].name].parents.get(OF)
+        return parent.name if parent else None
 
     def _own(
         self, job: JobEntry, variant: Variant, arms: Mapping[str, tuple[str, Sequence[Point]]]
