@@ -76,16 +76,14 @@ class Sheet:
 
 def _row(group: Group, row: Row) -> dict[str, Any]:
     raw = asdict(row)
-    point = raw.pop("point")
-    return _finite(
-        {
-            "label": row.point.label,
-            "apply": point["written"],
-            "budget": group.budget,
-            "stage": point["stage"],
-            **raw,
-        }
-    )
+    raw.pop("point")
+    about = {
+        "label": row.point.label,
+        "apply": row.point.written,
+        "budget": group.budget,
+        "stage": row.point.stage,
+    }
+    return {**about, **{name: _finite(value) for name, value in raw.items()}}
 
 
 def _finite(value: Any) -> Any:
