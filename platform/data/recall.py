@@ -76,8 +76,8 @@ class Writing:
     def __init__(self, source: Mapping[str, Any], draw: random.Random) -> None:
         self._source, self._draw = source, draw
         self._left = source["length"] - 1
-        # Few pairs are learnt first, many are what is wanted.
-        self._pairs = max(1, source["pairs"] // draw.choice((1, 2, 4)))
+        # As many documents of few pairs, which are learnt first, as of many, which are wanted.
+        self._pairs = round(source["pairs"] ** draw.random())
         self._filler = draw.choice((0.0, 0.1, 0.3))
         self._keys = draw.sample(range(source["keys"]), self._pairs)
         self._known: list[tuple[str, str]] = []

@@ -6,7 +6,15 @@ from collections.abc import Mapping
 
 from kvlab.platform.compare.curves import Curve
 from kvlab.platform.compare.model import Comparison
-from kvlab.platform.compare.plots import calibration, pareto, positions, throughput, training
+from kvlab.platform.compare.plots import (
+    calibration,
+    divergence,
+    pareto,
+    positions,
+    recall,
+    throughput,
+    training,
+)
 from kvlab.platform.compare.plots.layout import Chart, colours
 
 __all__ = ["Chart", "charts", "colours"]
@@ -19,6 +27,8 @@ def charts(comparison: Comparison, curves: Mapping[str, Curve]) -> list[Chart]:
         *pareto.plot(comparison, colour),
         *throughput.plot(comparison, colour),
         *positions.plot(comparison, colour),
+        *divergence.plot(comparison, colour),
+        *recall.plot(comparison, colour),
         *training.plot(comparison, curves, colour),
         *calibration.plot(comparison),
     ]
