@@ -1,4 +1,4 @@
-"""`kvlab try`: every run-time method on a checkpoint that is there, with no YAML and no training."""
+"""`kvlab try`: every run-time method on a checkpoint, with no YAML and no training."""
 
 from __future__ import annotations
 
