@@ -1,39 +1,25 @@
-"""What every value of the eviction axis must do; a new one is tested by being registered."""
+"""Evictions that keep rows by their number alone: a prompt is read as it would be generated."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
-from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from torch import Tensor
 
-from kvlab.methods.axis import Method, Range, Value
+from kvlab.methods.axis import Method
 from kvlab.methods.cost import cost_of
 from kvlab.methods.decoder.generation import generate
 from kvlab.methods.decoder.language_model import TokenModel
-from kvlab.methods.registry import REGISTRY, resolve
+from kvlab.methods.registry import resolve
 
-EVICTIONS = REGISTRY.values("eviction")
-
-
-def small(value: Value) -> Method:
-    """The value with every count at 4, so that a short text is evicted from."""
-    hints = get_type_hints(value.params, include_extras=True)
-    ranged = {
-        field.name: 4
-        for field in fields(value.params)
-        for note in get_args(hints[field.name])
-        if isinstance(note, Range) and note.low <= 4 <= note.high
-    }
-    return resolve({value.name: ranged})
+METHODS = {"full": resolve({}), "window": resolve({"sliding_window": {"window": 4}})}
 
 
-@pytest.fixture(params=EVICTIONS, ids=lambda value: value.name)
+@pytest.fixture(params=METHODS.values(), ids=list(METHODS))
 def method(request: pytest.FixtureRequest) -> Method:
-    return small(request.param)
+    return request.param
 
 
 def test_bytes_are_those_predicted(
