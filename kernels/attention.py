@@ -155,7 +155,8 @@ def _attend_seen(
         else:
             allowed = None if mask is None else mask[:, :, part]
         shares = _shares(q[:, :, part], k, allowed, reads=causal)
-        mass += shares.unflatten(2, (-1, part.stop - part.start)).sum(3).flatten(1, 2)
+        by_head = torch.unflatten(shares, 2, (-1, part.stop - part.start))
+        mass += by_head.sum(3).flatten(1, 2)
         if len(seen) == rows:
             out = shares.to(v.dtype) @ v
             parts.append(out.view(batch, heads, -1, v.shape[-1]))

@@ -69,7 +69,7 @@ class Ranking(Eviction):
 
         The mass of the query heads that read one KV head is added up.
         """
-        return mass.unflatten(1, (heads, -1)).sum(2)
+        return torch.unflatten(mass, 1, (heads, -1)).sum(2)
 
     @abstractmethod
     def rank(self, rows: Rows) -> Tensor:

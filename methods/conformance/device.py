@@ -6,12 +6,14 @@ import copy
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
+
+Model = TypeVar("Model", bound=nn.Module)
 
 NOWHERE = torch.device("meta")
 """How the device calls itself: no code has a branch of its own for it, as it may for a CPU."""
@@ -33,14 +35,14 @@ class Away(Tensor):
 
     @staticmethod
     def __new__(cls, numbers: Tensor) -> Away:
-        made: Away = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Away = torch.Tensor._make_wrapper_subclass(
             cls, numbers.size(), strides=numbers.stride(), storage_offset=numbers.storage_offset(),
             dtype=numbers.dtype, device=NOWHERE, requires_grad=False,
         )  # fmt: skip
         made.numbers = numbers
         return made
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Away({self.numbers!r})"
 
     def tolist(self) -> Any:
@@ -50,7 +52,7 @@ class Away(Tensor):
         return self.cpu().numpy()
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         return _run(func, args, kwargs or {})
@@ -67,7 +69,7 @@ class Device(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
         self.waits: list[str] = []
 
@@ -82,7 +84,7 @@ class Device(TorchDispatchMode):
         return _run(func, args, kwargs)
 
 
-def send(model: nn.Module) -> nn.Module:
+def send(model: Model) -> Model:
     """Return a copy of a model whose weights are on the device."""
     model = copy.deepcopy(model)
     for module in model.modules():
@@ -157,4 +159,6 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not away:
         return found
     found = tree_map_only(Tensor, Away, found)
-    return return_and_correct_aliasing(func, args, kwargs, found) if _aliases(func) else found
+    if not _aliases(func):
+        return found
+    return return_and_correct_aliasing(func, args, kwargs, found)  # type: ignore[no-untyped-call]

@@ -205,7 +205,8 @@ PROPERTIES: dict[str, Callable[[Case], None]] = {
 
 def _with(method: Method, precision: Choice | None) -> Method:
     """The method at another precision; None: the model's own."""
-    choices = {axis: choice for axis, choice in method.choices.items() if axis != "precision"}
+    choices = dict(method.choices)
+    choices.pop("precision", None)
     if precision is not None:
         choices["precision"] = precision
     return Method(method.label, choices)
@@ -295,7 +296,8 @@ def _counted(case: Case, copies: int) -> Counter[str]:
     ids = _warm(case, run, copies, lambda tensor: tensor)
     with torch.no_grad(), Device() as device:
         run.steps(ids)
-    return device.counts
+    counts: Counter[str] = device.counts
+    return counts
 
 
 def _warm(case: Case, run: Run, copies: int, send: Callable[[Tensor], Tensor]) -> Tensor:

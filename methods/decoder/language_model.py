@@ -145,9 +145,9 @@ class TokenSession(Session):
             positions = self._next + torch.arange(rows, device=ids.device)
             given: int | Tensor = batch * rows
         else:
-            positions = positions_of(valid)
-            assert positions is not None
-            positions = torch.where(valid, positions + self._next, positions)
+            counted = positions_of(valid)
+            assert counted is not None
+            positions = torch.where(valid, counted + self._next, counted)
             given = valid.sum()
         self._cache.reserve(rows + new_tokens)
         hidden = self._decoder.body(self._decoder.embed(ids), positions, self._cache, ids)

@@ -173,11 +173,11 @@ def _notes(settings: Sequence[Setting]) -> list[str]:
         ("recall", "Answers"),
         ("multi_turn", "Answers after the cut"),
     ):
-        names = [setting.id for setting in settings if setting.place == place]
-        if len(names) > 1:
+        found = [setting.id for setting in settings if setting.place == place]
+        if len(found) > 1:
             notes.append(
-                f"{what} were measured on {len(names)} different sets of prompts "
-                f"({', '.join(names)}); numbers of different sets stand in different columns and "
+                f"{what} were measured on {len(found)} different sets of prompts "
+                f"({', '.join(found)}); numbers of different sets stand in different columns and "
                 "are never compared."
             )
     devices = {

@@ -86,9 +86,10 @@ def read_evaluation(spec: Mapping[str, Any], result: Mapping[str, Any]) -> Itera
         yield read_quality(spec, result)
     if "divergence" in result:
         yield read_divergence(result)
-    for place, metric in (("recall", "recall"), ("multi_turn", "recall_after_cut")):
-        if place in result:
-            yield read_recall(result, place, metric)
+    if "recall" in result:
+        yield read_recall(result, "recall", "recall")
+    if "multi_turn" in result:
+        yield read_recall(result, "multi_turn", "recall_after_cut")
 
 
 def read_quality(spec: Mapping[str, Any], result: Mapping[str, Any]) -> Reading:

@@ -94,7 +94,7 @@ class KVCache:
         handles = [
             parts.body.register_forward_pre_hook(_weak(self._begin), with_kwargs=True),
             parts.body.register_forward_hook(_weak(self._end), with_kwargs=True, always_call=True),
-            parts.body.rotary_emb.register_forward_hook(  # type: ignore[union-attr, operator]
+            parts.body.rotary_emb.register_forward_hook(  # type: ignore[union-attr]
                 _weak(self._unturn), with_kwargs=True
             ),
             *(x.register_forward_pre_hook(_weak(self._enter)) for x in parts.layers),

@@ -19,4 +19,5 @@ def prompt_window(config: DecoderConfig, method: Method, layer: int) -> int | No
 
 def slot_bytes(config: DecoderConfig, method: Method) -> int:
     """Each head's row has a position, and a score while rows still leave."""
-    return POSITION + SCORE * (method["eviction"].params.generated == "evict")
+    scored = bool(method["eviction"].params.generated == "evict")
+    return POSITION + SCORE * scored

@@ -81,7 +81,7 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
         "samples": len(prompts),
         "sequence_length": spec["sequence_length"],
         "rows": seen.cosine.shape[2],
-        "documents": len(prompts.documents.unique()),
+        "documents": len(torch.unique(prompts.documents)),
         "layers": config.layers,
         "kv_layers": kv_layers,
         "readers": readers,

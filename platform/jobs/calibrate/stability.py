@@ -85,7 +85,7 @@ def moved(shares: Tensor, other: Tensor) -> Tensor:
 
 def _between(values: Tensor, p: float | None, sections: Tensor) -> dict[str, Any]:
     parts: list[dict[str, Any]] = []
-    for number in sections.unique().tolist():
+    for number in torch.unique(sections).tolist():
         chosen = values[sections == number]
         mean = chosen.mean(0).tolist()
         shares = shares_of(mean, p).tolist()
@@ -120,7 +120,8 @@ def _ranks(values: Tensor) -> Tensor:
     ties = (values[:, :, None] == values[:, None, :]).sum(2)
     ranks = below + (ties - 1) / 2
     ranks = ranks.double() - ranks.double().mean(1, keepdim=True)
-    return ranks / ranks.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    norms: Tensor = torch.linalg.vector_norm(ranks, dim=1, keepdim=True)
+    return ranks / norms.clamp_min(1e-30)
 
 
 def _mean_correlation(ranks: Tensor) -> float:

@@ -84,7 +84,7 @@ def measure(
     """
     chosen, prompt = after_prompt(windows, spec["prompt"]), spec["prompt"]
     parts: list[Divergence] = []
-    for numbers in chosen.split(batch_size):
+    for numbers in torch.split(chosen, batch_size):
         ids = windows.ids[numbers].to(device)
         scored = windows.targets[numbers, prompt:]
         steps = []
@@ -92,9 +92,9 @@ def measure(
             steps.append(step)
             if context.stopping():
                 raise Stopped
-        joined = (torch.stack(column, 1).cpu() for column in zip(*steps, strict=True))
+        kl, same, full, applied = (torch.stack(each, 1).cpu() for each in zip(*steps, strict=True))
         identical = _identical(model, ids[:, :prompt], spec["generate"], method)
-        parts.append(Divergence(scored, *joined, identical.cpu()))
+        parts.append(Divergence(scored, kl, same, full, applied, identical.cpu()))
         done = sum(len(part.identical) for part in parts)
         context.progress(done, len(chosen), "windows against the full cache")
     names = Divergence.__dataclass_fields__

@@ -86,7 +86,7 @@ def _answers(
     for number, prompt in enumerate(asked):
         shapes.setdefault((len(prompt.context), len(prompt.question)), []).append(number)
     for alike in shapes.values():
-        for numbers in torch.tensor(alike).split(batch_size):
+        for numbers in torch.split(torch.tensor(alike), batch_size):
             batch = [asked[number] for number in numbers]
             generated = _generate(model, batch, language.answer_tokens, way, apply, device)
             found = [
