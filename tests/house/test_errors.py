@@ -12,12 +12,14 @@ import pytest
 
 from kvlab import KvlabError
 from kvlab.db.errors import Held, LeaseLost
+from kvlab.methods.registry import MisfitError
 from kvlab.platform.spec.problems import Problem, WorkflowError
 
 ROOT = Path(__file__).parents[2]
 MADE_OF: dict[type, tuple[Any, ...]] = {
     Held: (3, "someone", 20.0, 10.0),
     LeaseLost: (3, 7),
+    MisfitError: ("h2o", "h2o: does not go with it"),
     WorkflowError: ([Problem("file.yaml", 4, "jobs.a", "is wrong")],),
 }
 """Arguments of those that are not made of one text."""
