@@ -16,13 +16,8 @@ from kvlab.methods.axis import TRAIN_TIME, Choice, Method, MethodError
 from kvlab.methods.budget.amount import Amount
 from kvlab.methods.cache.interface import Cache, Step
 from kvlab.methods.cache.opening import open_cache
-from kvlab.methods.decoder.huggingface.transformers_decoder import (
-    Host,
-    HostError,
-    host,
-    rotate,
-    unturned,
-)
+from kvlab.methods.decoder.huggingface import transformers_decoder
+from kvlab.methods.decoder.huggingface.transformers_decoder import Host, HostError, host, rotate
 from kvlab.methods.registry import build_params, refuse_misfits, resolve
 
 ATTENTION = "kvlab"
@@ -214,7 +209,7 @@ class KVCache:
     ) -> tuple[Tensor, Tensor] | None:
         if self._pass is None or not self._pass.cache.rotates:
             return None
-        return unturned(output)
+        return transformers_decoder.unturned(output)
 
     def _enter(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         if self._pass is not None:
