@@ -27,8 +27,10 @@ def copy(repository: Path, tmp_path: Path) -> Path:
     """A folder with what make reads, and no .venv."""
     folder = tmp_path / "copy"
     folder.mkdir()
-    for name in ("Makefile", "pyproject.toml", "constraints-cpu.txt", "constraints-cuda.txt"):
-        shutil.copy(repository / name, folder)
+    for source in (repository / "Makefile", repository / "pyproject.toml"):
+        shutil.copy(source, folder)
+    for lock in repository.glob("constraints-*.txt"):
+        shutil.copy(lock, folder)
     return folder
 
 
