@@ -1,8 +1,9 @@
 """A synthetic corpus on which a tiny model learns to look things up in its past.
 
-Associative recall as in Arora et al. (arXiv 2312.04927): pairs of a key and a value stand among
-filler, and whenever a key comes again its value is the answer. Every key, value and filler is one
-token, keys and values are paired anew in every document, so nothing but the past tells an answer.
+Associative recall as in Arora et al. (arXiv 2312.04927): facts, a key and the words of its value,
+stand among filler, and whenever a key comes again its value is the answer. Every word is one token,
+and facts are drawn anew for every document, so nothing but the past tells an answer. A value has
+several words because the first is told by the whole prompt, before any cache was cut.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ def documents(source: Mapping[str, Any]) -> Iterator[Document]:
     """Yield seeded documents of `length` words each; see `Writing` for what stands in them.
 
     Args:
-        source: documents, length (words), keys, values, filler (words of each kind), pairs (in a
-            document at most), seed.
+        source: documents, length (words), keys, values, filler (words of each kind), pairs (facts
+            in a document at most), answer (words of a value), seed.
     """
     for number in range(source["documents"]):
         draw = random.Random(f"{source['seed']} {number}")
@@ -67,26 +68,32 @@ def documents(source: Mapping[str, Any]) -> Iterator[Document]:
 
 
 class Writing:
-    """A document in the making: clumps of new pairs, filler, and runs of questions, in any order.
+    """A document in the making: clumps of new facts, filler, and runs of questions, in any order.
 
-    A run asks for a pair and for those that were introduced after it. Only what the past decides
-    counts: the values in runs, and the keys by which a run goes on.
+    A run asks for a fact and for those that were introduced after it. Only what the past decides
+    counts: the values in runs, and the keys by which a run goes on. No word of a value stands in
+    two facts of a document, so each word tells the next.
     """
 
     def __init__(self, source: Mapping[str, Any], draw: random.Random) -> None:
         self._source, self._draw = source, draw
         self._left = source["length"] - 1
-        # As many documents of few pairs, which are learnt first, as of many, which are wanted.
-        self._pairs = round(source["pairs"] ** draw.random())
+        # As many documents of few facts, which are learnt first, as of many, which are wanted.
+        pairs, words = round(source["pairs"] ** draw.random()), source["answer"]
         self._filler = draw.choice((0.0, 0.1, 0.3))
-        self._keys = draw.sample(range(source["keys"]), self._pairs)
-        self._known: list[tuple[str, str]] = []
+        keys = draw.sample(range(source["keys"]), pairs)
+        values = draw.sample(range(source["values"]), pairs * words)
+        self._facts = [
+            (f"key{key}", *(f"value{word}" for word in values[i * words : (i + 1) * words]))
+            for i, key in enumerate(keys)
+        ]
+        self._known: list[tuple[str, ...]] = []
         self._words: list[tuple[str, bool]] = []
 
     def document(self) -> Document:
         while self._left > 0:
             kind = self._draw.random()
-            if not self._known or (kind < 0.35 and len(self._known) < self._pairs):
+            if not self._known or (kind < 0.35 and len(self._known) < len(self._facts)):
                 self._introduce(self._draw.randint(1, 4))
             elif kind > 1 - self._filler:
                 self._fill(self._draw.randint(1, LONGEST_RUN))
@@ -97,10 +104,9 @@ class Writing:
         return tuple(self._segments())
 
     def _introduce(self, count: int) -> None:
-        for key in self._keys[len(self._known) :][:count]:
-            pair = f"key{key}", f"value{self._draw.randrange(self._source['values'])}"
-            self._known.append(pair)
-            for word in pair:
+        for fact in self._facts[len(self._known) :][:count]:
+            self._known.append(fact)
+            for word in fact:
                 self._write(word, counts=False)
 
     def _fill(self, count: int) -> None:
@@ -110,9 +116,10 @@ class Writing:
     def _ask(self) -> None:
         first = self._draw.randrange(len(self._known))
         for place in range(first, len(self._known)):
-            key, value = self._known[place]
+            key, *value = self._known[place]
             self._write(key, counts=place > first)
-            self._write(value, counts=True)
+            for word in value:
+                self._write(word, counts=True)
             if self._draw.random() < 0.5:
                 return
 

@@ -29,16 +29,20 @@ class Recall(Settings):
     """`recall: {}`: seeded documents of keys and values; see docs/data.md."""
 
     documents: int = Field(default=8000, ge=2, le=10_000_000)
-    keys: int = Field(default=64, ge=2, le=65536)
+    keys: int = Field(default=32, ge=2, le=65536)
     values: int = Field(default=64, ge=2, le=65536)
     filler: int = Field(default=32, ge=1, le=65536)
-    pairs: int = Field(default=32, ge=1, le=65536)
+    pairs: int = Field(default=16, ge=1, le=65536)
+    answer: int = Field(default=2, ge=1, le=64)
     seed: int = Field(default=0, ge=0, lt=2**63)
 
     @model_validator(mode="after")
     def _enough(self) -> Recall:
         if self.pairs > self.keys:
             raise nested([(("pairs",), f"must be at most keys ({self.keys}), found {self.pairs}")])
+        if self.pairs * self.answer > self.values:
+            needed = f"{self.pairs} pairs of {self.answer} words each"
+            raise nested([(("values",), f"must be enough for {needed}, found {self.values}")])
         return self
 
     def symbols(self) -> dict[str, int]:

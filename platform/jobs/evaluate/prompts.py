@@ -30,12 +30,12 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A context, and a question about it; both are token ids. `value` is the answer."""
+    """A context, a question about it, and its answer; token ids, but for an answer in text."""
 
     place: Place
     context: tuple[int, ...]
     question: tuple[int, ...]
-    value: int
+    answer: str | tuple[int, ...]
 
 
 def prompts(spec: Mapping[str, Any], language: Language) -> list[Prompt]:
@@ -60,7 +60,7 @@ def digest(chosen: Sequence[Prompt]) -> str:
     """Return the hash that two results share exactly when they were asked the same."""
     found = sha256()
     for prompt in chosen:
-        found.update(repr((prompt.context, prompt.question, prompt.value)).encode())
+        found.update(repr((prompt.context, prompt.question, prompt.answer)).encode())
     return found.hexdigest()
 
 
@@ -68,22 +68,20 @@ def _prompt(place: Place, sample: int, spec: Mapping[str, Any], language: Langua
     # Cells that differ in depth alone have the same facts and filler.
     draw = random.Random(f"{spec['seed']} {place.task} {place.length} {sample}")
     count = 1 if place.task == PASSKEY else spec["pairs"]
-    if count > language.keys:
-        raise JobError(f"recall.pairs: there are {language.keys} names for facts, found {count}")
-    keys = draw.sample(range(language.keys), count)
-    values = [draw.randrange(language.values) for _ in keys]
-    facts = [language.fact(key, value) for key, value in zip(keys, values, strict=True)]
-    asked = round(place.depth * (count - 1))
-    question = language.question(keys[asked])
-    taken = len(language.opening) + len(question) + sum(len(fact) for fact in facts)
+    if count > language.most:
+        raise JobError(f"recall.pairs: a prompt holds at most {language.most} facts, found {count}")
+    facts = language.facts(draw, count)
+    asked = facts[round(place.depth * (count - 1))]
+    taken = len(language.opening) + len(asked.question) + sum(len(fact.said) for fact in facts)
     if taken > place.length:
         raise JobError(
             f"recall.lengths: {place.length} tokens do not hold {count} fact(s) and a question, "
             f"which take {taken}: give longer lengths or fewer pairs"
         )
     depths = [place.depth] if count == 1 else [i / (count - 1) for i in range(count)]
-    context = _between(facts, depths, place.length - taken, language, draw)
-    return Prompt(place, (*language.opening, *context), tuple(question), values[asked])
+    said = [fact.said for fact in facts]
+    context = _between(said, depths, place.length - taken, language, draw)
+    return Prompt(place, (*language.opening, *context), tuple(asked.question), asked.answer)
 
 
 def _between(

@@ -37,7 +37,7 @@ def measure(
 
     Args:
         data: the folder of the data job. metrics: those of `WAYS` that are wanted.
-        spec: as `prompts` takes it.
+        spec: as `prompts` takes it, and answer (words of one, where words are symbols).
 
     Returns:
         metric -> its part of the result; see `summarise`.
@@ -45,7 +45,7 @@ def measure(
     Raises:
         JobError: prompts that cannot be made as asked, or that hold ids the model does not know.
     """
-    language = language_of(data)
+    language = language_of(data, spec["answer"])
     asked = prompts(spec, language)
     known = model.config.vocab_size
     if any(max(p.context + p.question) >= known for p in asked):
@@ -90,7 +90,7 @@ def _answers(
             batch = [asked[number] for number in numbers]
             generated = _generate(model, batch, language.answer_tokens, way, apply, device)
             found = [
-                language.right(ids, prompt.value)
+                language.right(ids, prompt.answer)
                 for ids, prompt in zip(generated, batch, strict=True)
             ]
             yield numbers, torch.tensor(found)
@@ -138,7 +138,10 @@ def summarise(
     standing: list[int] = []
     for start in range(0, len(asked), samples):
         numbers = range(start, start + samples)
-        share, reference = _share(applied[start : start + samples]), _share(full[numbers])
+        share, reference = (
+            _share(applied[start : start + samples]),
+            _share(full[start : start + samples]),
+        )
         void = None
         if reference < STANDS:
             void = f"the full cache answers {reference:.0%}, under {STANDS:.0%}"

@@ -40,6 +40,7 @@ class RecallSettings(Settings):
         1.0,
     )
     pairs: int = Field(default=8, ge=2, le=65536)
+    answer: int = Field(default=3, ge=1, le=64)
     samples: int = Field(default=20, ge=1, le=10_000)
     seed: int = Field(default=0, ge=0, lt=2**63)
 
@@ -220,10 +221,13 @@ def _recall_problems(
     source = data.get("source") or {}
     symbols = source.get("kind") == "recall"
     pairs = recall.pairs if "associative_recall" in recall.tasks else 1
-    known = source["keys"] if symbols else len(THINGS)
-    if pairs > known:
-        where = "keys of the data" if symbols else "names there are for text"
-        yield "recall.pairs", f"must be at most the {where} ({known}), found {pairs}"
+    most = len(THINGS)
+    if symbols:
+        most = min(source["keys"], source["values"] // recall.answer)
+    if pairs > most:
+        having = f"with answers of {recall.answer} words " if symbols else ""
+        yield "recall.pairs", f"must be at most {most} {having}for these data, found {pairs}"
+    taken = pairs * (1 + recall.answer) + 1
     for number, length in enumerate(recall.lengths or ()):
         if length > config.max_positions:
             yield (
@@ -231,9 +235,9 @@ def _recall_problems(
                 f"must be at most the model's max_positions ({config.max_positions}), "
                 f"found {length}",
             )
-        elif symbols and length < 2 * pairs + 1:
+        elif symbols and length < taken:
             yield (
                 f"recall.lengths.{number}",
-                f"{pairs} pairs and a question take {2 * pairs + 1} tokens, found {length}: give "
-                "longer lengths or fewer pairs",
+                f"{pairs} facts and a question take {taken} tokens, found {length}: give longer "
+                "lengths or fewer pairs",
             )
