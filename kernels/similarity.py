@@ -7,8 +7,15 @@ from torch import Tensor
 
 EPS = 1e-8
 """The least norm a row is divided by, as in torch's cosine_similarity."""
-AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 24}
-"""Products held at a time: what stays in a core's cache; on CUDA, 64 MiB."""
+ALONE = (1 << 15) - 1
+"""Most elements that torch works on in one thread: no other is waited for, on a busy CPU the most
+of the time that so little work takes."""
+FEW_THREADS = 8
+"""Up to so many, one thread is a small part of what the rest of a layer takes them."""
+EACH = 1 << 16
+"""Elements of each of many threads at a time: what stays in a core's cache."""
+ON_GPU = 1 << 24
+"""Products that are held at a time elsewhere: 64 MiB."""
 
 
 @torch.no_grad()
@@ -24,18 +31,26 @@ def residual_cosine(before: Tensor, after: Tensor) -> Tensor:
     width = before.shape[-1]
     left, right = before.reshape(-1, width), after.reshape(-1, width)
     cosine = torch.empty(len(left), device=before.device, dtype=torch.float32)
-    rows = max(1, AT_ONCE.get(before.device.type, 1 << 24) // width)
+    rows = max(1, _at_once(before) // width)
     held = cosine.new_empty(min(rows, len(left)), width)
     for start in range(0, len(left), rows):
         part = slice(start, start + rows)
-        out = cosine[part]
+        one, other, out = left[part], right[part], cosine[part]
         products = held[: len(out)]
-        torch.mul(left[part].float(), right[part], out=products)
+        torch.mul(one.float(), other, out=products)
         torch.sum(products, -1, out=out)
-    return cosine.div_(_norm(left)).div_(_norm(right)).view(before.shape[:-1])
+        out.div_(_norm(one)).div_(_norm(other))
+    return cosine.view(before.shape[:-1])
+
+
+def _at_once(x: Tensor) -> int:
+    """Elements of a stream to work on at a time."""
+    if x.device.type != "cpu":
+        return ON_GPU
+    threads = torch.get_num_threads()
+    return ALONE if threads <= FEW_THREADS else threads * EACH
 
 
 def _norm(x: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
-    return norm.clamp_min_(EPS)
+    return torch.linalg.vector_norm(x, dim=-1, dtype=dtype).clamp_min_(EPS)

@@ -31,8 +31,16 @@ def test_equals_torch_in_float64(shape: tuple[int, ...], dtype: torch.dtype) -> 
 def test_how_much_is_held_changes_nothing(monkeypatch: pytest.MonkeyPatch, held: int) -> None:
     before, after = streams(2, 9, 10)
     whole = residual_cosine(before, after)
-    monkeypatch.setitem(similarity.AT_ONCE, "cpu", held)
+    monkeypatch.setattr(similarity, "ALONE", held)
+    monkeypatch.setattr(similarity, "FEW_THREADS", torch.get_num_threads())
     torch.testing.assert_close(residual_cosine(before, after), whole, rtol=0, atol=1e-7)
+
+
+def test_many_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after = streams(2, 90, 1024)
+    few = residual_cosine(before, after)
+    monkeypatch.setattr(similarity, "FEW_THREADS", 0)
+    torch.testing.assert_close(residual_cosine(before, after), few, rtol=0, atol=1e-7)
 
 
 def test_rows_of_nothing_and_tiny_rows() -> None:
