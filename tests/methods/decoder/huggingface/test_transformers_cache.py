@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import kvlab
 from kvlab import KvlabError
 from kvlab.methods.cache.interface import Cache, Extra, Keys, Step
 from kvlab.methods.decoder.huggingface import transformers_cache
@@ -355,3 +357,11 @@ def test_a_cache_that_adds_rows_is_refused(llama: Any, monkeypatch: pytest.Monke
     monkeypatch.setattr(transformers_cache, "open_cache", lambda *_, **__: Adding())
     with pytest.raises(KvlabError, match="adds rows to a pass"):
         generated(llama, past_key_values=kv_cache(llama))
+
+
+def test_the_shown_code_runs() -> None:
+    page = Path(kvlab.__file__).parents[2] / "docs" / "transformers_cache.md"
+    shown = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+    assert shown
+    for code in shown:
+        exec(compile(code, str(page), "exec"), {})
