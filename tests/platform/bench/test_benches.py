@@ -39,6 +39,10 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharing, "LONG_PROMPT", 32)
     monkeypatch.setattr(sharing, "REPEATS", 2)
     monkeypatch.setattr(kv_bytes, "METHODS", kv_bytes.METHODS[1::2])
+    monkeypatch.setattr(kv_bytes, "EVICTIONS", kv_bytes.EVICTIONS[1:4:2])
+    monkeypatch.setattr(kv_bytes, "BUDGETS", kv_bytes.BUDGETS[:2])
+    monkeypatch.setattr(kv_bytes, "PRECISIONS", kv_bytes.PRECISIONS[:2])
+    monkeypatch.setattr(kv_bytes, "CUT", 3)
     monkeypatch.setattr(kv_bytes, "BATCH", 2)
     monkeypatch.setattr(kv_bytes, "PROMPT", 140)
     monkeypatch.setattr(kv_bytes, "GENERATE", 8)
@@ -65,7 +69,8 @@ def test_training_is_void_when_the_losses_part(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_kv_bytes_of_every_cache_are_within_the_tolerance() -> None:
-    assert all(line.met for line in kv_bytes.run())
+    lines = kv_bytes.run()
+    assert [line.name for line in lines if not line.met] == []
 
 
 def test_decode_compares_equal_bodies_within_one_budget() -> None:
