@@ -53,4 +53,5 @@ def _at_once(x: Tensor) -> int:
 
 def _norm(x: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.linalg.vector_norm(x, dim=-1, dtype=dtype).clamp_min_(EPS)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
+    return norm.clamp_min_(EPS)

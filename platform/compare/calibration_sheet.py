@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
-from kvlab.platform.compare.calibrations import Calibration, Measure
+from kvlab.platform.compare.calibrations import Calibration, Measure, ranges
 from kvlab.platform.compare.model import Comparison
 from kvlab.platform.compare.sheets import Cell, Heading, Line, Sheet, Tone
 
@@ -34,7 +32,7 @@ def calibration_sheets(comparison: Comparison) -> list[Sheet]:
 def _row(found: Calibration, measure: Measure) -> tuple[Cell, ...]:
     p = "p of its own" if found.p is None else f"p {found.p:g}"
     used = f"budgets, {p}" if measure.name == found.importance else "not used"
-    cut = _ranges(found.cut(measure)) or "none"
+    cut = ranges(found.cut(measure)) or "none"
     shortest = min(found.lengths, default=None)
     short = Cell((Line("—", "faint"),))
     if measure.name == "cosine" and shortest is not None:
@@ -71,13 +69,3 @@ def _percent(value: float) -> str:
 def _shares_hint(found: Calibration) -> str:
     pairs = zip(found.kv_layers, found.shares, strict=True)
     return "\n".join(f"layer {layer}: {share:.3f} of the average" for layer, share in pairs)
-
-
-def _ranges(layers: list[int]) -> str:
-    """`0, 4-7`: runs of layers."""
-    if not layers:
-        return ""
-    breaks = [i for i, (a, b) in enumerate(pairwise(layers), 1) if b != a + 1]
-    starts, ends = [0, *breaks], [*breaks, len(layers)]
-    runs = [(layers[a], layers[b - 1]) for a, b in zip(starts, ends, strict=True)]
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

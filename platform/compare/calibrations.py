@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from kvlab.db.rows import JobRow
 from kvlab.db.states import JobState
-from kvlab.platform.compare.labels import axes_text, listed
+from kvlab.platform.compare.labels import axes_text
 
 KIND = "calibrate"
 BUDGETS = "budgets"
@@ -96,7 +97,7 @@ def _sentence(found: Calibration) -> str:
     main, cut = found.main, found.cut(found.main)
     if not cut:
         return f"{found.id}: all layers of {found.model} are alike, so none is cut."
-    layers = f"{'layer' if len(cut) == 1 else 'layers'} {listed([str(n) for n in cut])}"
+    layers = f"{'layer' if len(cut) == 1 else 'layers'} {ranges(cut)}"
     return (
         f"{found.id}: {found.model} is cut in {layers}; {main.as_mean:.0%} of {found.samples} "
         f"samples cut exactly these, two samples agree on {main.agreement:.0%} of the layers, and "
@@ -139,3 +140,13 @@ def _measure(name: str, values: Mapping[str, Any], stable: Mapping[str, Any]) ->
         section_agreement=stable["section_agreement"],
         sections_moved=stable["sections_moved"],
     )
+
+
+def ranges(layers: list[int]) -> str:
+    """`0, 4-7`: layers in order, as runs."""
+    if not layers:
+        return ""
+    breaks = [i for i, (a, b) in enumerate(pairwise(layers), 1) if b != a + 1]
+    starts, ends = [0, *breaks], [*breaks, len(layers)]
+    runs = [(layers[a], layers[b - 1]) for a, b in zip(starts, ends, strict=True)]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

@@ -116,7 +116,7 @@ def test_the_table_and_the_sentence(study: Any) -> None:
     assert "not used" in text
     assert "at 8 tokens" in text
     assert (
-        "groups[seed=0]: base[seed=0] is cut in layers 4, 5 and 7; 100 % of 16 samples cut exactly"
+        "groups[seed=0]: base[seed=0] is cut in layers 4-5, 7; 100 % of 16 samples cut exactly"
         in text
     )
 
