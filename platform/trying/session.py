@@ -81,7 +81,8 @@ class Session:
             self._say("not finished: the same command goes on with what is missing")
         if answer.mirror is not None:
             self._say(answer.mirror)
-        self._say(f"again, or more: kvlab run {yaml or self.file}")
+        cpus = "" if self._cpus is None else f" --cpus {self._cpus}"
+        self._say(f"again, or more: kvlab run {yaml or self.file}{cpus}")
         self._say(f"in detail: kvlab compare {answer.workflow}")
         if report is not None:
             self._say(f"report: {report}")
