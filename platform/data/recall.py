@@ -70,9 +70,9 @@ def documents(source: Mapping[str, Any]) -> Iterator[Document]:
 class Writing:
     """A document in the making: clumps of new facts, filler, and runs of questions, in any order.
 
-    A run asks for a fact and for those that were introduced after it. Only what the past decides
-    counts: the values in runs, and the keys by which a run goes on. No word of a value stands in
-    two facts of a document, so each word tells the next.
+    A run asks for a fact and for those that were introduced after it. Only words of runs count that
+    followed the word before them already: values, and keys by which a run goes on in known order.
+    No word of a value stands in two facts of a document, so each word tells the next.
     """
 
     def __init__(self, source: Mapping[str, Any], draw: random.Random) -> None:
@@ -89,6 +89,7 @@ class Writing:
         ]
         self._known: list[tuple[str, ...]] = []
         self._words: list[tuple[str, bool]] = []
+        self._followed: set[tuple[str, str]] = set()
 
     def document(self) -> Document:
         while self._left > 0:
@@ -100,33 +101,35 @@ class Writing:
             else:
                 self._ask()
         self._left = 1
-        self._write(END, counts=False)
+        self._write(END)
         return tuple(self._segments())
 
     def _introduce(self, count: int) -> None:
         for fact in self._facts[len(self._known) :][:count]:
             self._known.append(fact)
             for word in fact:
-                self._write(word, counts=False)
+                self._write(word)
 
     def _fill(self, count: int) -> None:
         for _ in range(count):
-            self._write(f"filler{self._draw.randrange(self._source['filler'])}", counts=False)
+            self._write(f"filler{self._draw.randrange(self._source['filler'])}")
 
     def _ask(self) -> None:
         first = self._draw.randrange(len(self._known))
         for place in range(first, len(self._known)):
             key, *value = self._known[place]
-            self._write(key, counts=place > first)
+            self._write(key, asked=place > first)
             for word in value:
-                self._write(word, counts=True)
+                self._write(word, asked=True)
             if self._draw.random() < 0.5:
                 return
 
-    def _write(self, word: str, *, counts: bool) -> None:
+    def _write(self, word: str, *, asked: bool = False) -> None:
         if self._left > 0:
             self._left -= 1
-            self._words.append((word, counts))
+            step = (self._words[-1][0] if self._words else "", word)
+            self._words.append((word, asked and step in self._followed))
+            self._followed.add(step)
 
     def _segments(self) -> Iterator[Segment]:
         """Words that count alike are one segment; a space ends every word."""
