@@ -81,10 +81,12 @@ def by_age(rows: Rows) -> Tensor:
     return rows.positions.to(torch.float32)
 
 
-class KeepAll(Ranking):
-    """No row leaves: full attention over a storage that a row's number alone cannot address."""
+class Newest(Ranking):
+    """The newest rows rank highest: a window, or where the budget is all there is, full attention.
 
-    grows = True
+    For what a `Policy` cannot do: budgets of each sample, storages that a row's number alone does
+    not address.
+    """
 
     def rank(self, rows: Rows) -> Tensor:
         return by_age(rows)

@@ -7,7 +7,7 @@ from kvlab.methods.cache.evicting import EvictingCache
 from kvlab.methods.cache.interface import Cache
 from kvlab.methods.cache.opening import Opening
 from kvlab.methods.cache.policy import Policy
-from kvlab.methods.cache.ranking import KeepAll
+from kvlab.methods.cache.ranking import Newest
 
 
 class FullPolicy(Policy):
@@ -16,7 +16,7 @@ class FullPolicy(Policy):
     def open(self, opening: Opening) -> Cache:
         if opening.stores_by_row():
             return super().open(opening)
-        return EvictingCache(KeepAll(self.params), opening, budget=Fixed(None))
+        return EvictingCache(Newest(self.params), opening, budget=Fixed(None))
 
     def capacity(self, layer: int, rows: int) -> int:
         return rows

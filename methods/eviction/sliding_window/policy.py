@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from kvlab.kernels.attention import Rule
 from kvlab.methods.axis import Method
 from kvlab.methods.budget.budget import Fixed
@@ -12,7 +10,7 @@ from kvlab.methods.cache.evicting import EvictingCache
 from kvlab.methods.cache.interface import Cache
 from kvlab.methods.cache.opening import Eviction, Opening
 from kvlab.methods.cache.policy import Policy
-from kvlab.methods.cache.ranking import Ranking, Rows, by_age
+from kvlab.methods.cache.ranking import Newest
 from kvlab.methods.cache.windows import ReadsWindow, window_of
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.eviction.sliding_window.params import SlidingWindowParams
@@ -57,10 +55,3 @@ class Ring(Policy):
     def rule(self, layer: int, own: Rule) -> Rule:
         assert self.params.window is not None
         return ReadsWindow(self.params.window).rule(layer, own)
-
-
-class Newest(Ranking):
-    """The newest rows rank highest."""
-
-    def rank(self, rows: Rows) -> Tensor:
-        return by_age(rows)
