@@ -114,29 +114,42 @@ def test_h2o(
     )
     ids, valid = left_pad(prompts, torch.device("cpu"))
     keys = [(kv, s, h) for kv in readers for s in range(len(prompts)) for h in range(KV_HEADS)]
-    scores: dict[tuple[int, int, int], Scores] = {}
-    kept: dict[tuple[int, int, int], set[int]] = {}
+    scores: dict[tuple[int, int, int], Scores] = {key: {} for key in keys}
+    present: dict[tuple[int, int, int], set[int]] = {key: set() for key in keys}
+    lengths = [len(prompt) for prompt in prompts]
     with pytest.MonkeyPatch.context() as monkeypatch:
         seen = Seen(monkeypatch)
-        session = model.start(ids, valid, new_tokens=8, apply=method)
-        for step in range(9):
-            if step:
-                session.step((ids[:, -1] * 7 + step) % 53)
+        session = model.start(ids, valid, new_tokens=14, apply=method)
+        for number, rows in enumerate([None, 1, 1, 1, 1, 1, 3, 1, 1, 4]):
+            text = torch.full((len(prompts), rows or 1), 5 * number) + ids[:, -1:]
+            if rows == 1:
+                session.step(text[:, 0] % 53)
+            elif rows:
+                session.extend(text % 53)
             for key in keys:
                 kv, sample, head = key
-                newest = len(prompts[sample]) - 1 + step
-                rows = tokens[list(readers).index(kv)]
+                budget = tokens[list(readers).index(kv)]
+                newest = lengths[sample] - 1
+                new = set(range(newest + 1))
+                if rows == 1:  # a row has left before the new one is read
+                    present[key] = h2o(present[key], scores[key], newest, budget, recent)
+                if rows:
+                    new = set(range(newest + 1, newest + 1 + rows))
+                    newest += rows
+                present[key] |= new
                 grown = seen.of(readers[kv], sample, (2 * head, 2 * head + 1))
-                before = scores.get(key, {})
-                scores[key] = {row: before.get(row, 0.0) + m for row, m in grown.items()}
-                if step:
-                    assert set(grown) == kept[key] | {newest}
-                    assert held(session._cache, kv, sample, head) == kept[key] | {newest}
-                cut = newest - int(rows * recent + 0.5)
-                protected = {row for row in scores[key] if row > cut}
-                kept[key] = best(scores[key], protected, rows)
-                if not step:
-                    assert held(session._cache, kv, sample, head) == kept[key]
+                assert set(grown) == present[key]
+                scores[key] = {r: scores[key].get(r, 0.0) + mass for r, mass in grown.items()}
+                if rows != 1:
+                    present[key] = h2o(present[key], scores[key], newest, budget, recent)
+                assert held(session._cache, kv, sample, head) == present[key]
+            lengths = [length + (rows or 0) for length in lengths]
+
+
+def h2o(present: set[int], scores: Scores, newest: int, budget: int, recent: float) -> set[int]:
+    cut = newest - int(budget * recent + 0.5)
+    protected = {row for row in present if row > cut}
+    return best({row: scores[row] for row in present}, protected, budget)
 
 
 def pooled(votes: Scores, kernel: int, pooling: str) -> Scores:
