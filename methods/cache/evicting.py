@@ -138,8 +138,11 @@ class EvictingCache(Cache):
     def rotary_positions(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         if not self._seen:
             return positions, positions
-        fresh = self._positions() if layer in self._fresh else None
-        return self._table[layer].standing(layer, fresh)
+        table = self._table[layer]
+        if self._stepping():
+            return table.standing(layer, None)
+        queries, keys = table.standing(layer, self._positions())
+        return queries, keys if layer in self._fresh else keys[..., : table.high]
 
     def key_mass_rows(self, layer: int) -> slice | None:
         rows = self._ranking.voters(prompt=not self._seen)
