@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvlab import KvlabError
@@ -343,6 +344,9 @@ class EvictingCache(Cache):
             if scores is not None:
                 scores[..., : grown.shape[-1]] += grown
             return
+        if self._seen:  # who reads before the layer writes sees none of a turn's own rows
+            rows = self._table[kv].high + self._step.rows
+            grown = F.pad(grown, (0, rows - grown.shape[-1]))
         known = self._marks.get(kv)
         self._marks[kv] = grown if known is None else known + grown
 

@@ -33,8 +33,9 @@ class Importance:
         """Measure one layer in one pass: see `Cache.observe`; valid [B, T], None: all rows are."""
         if self._wanted == "cosine":
             found = mean_cosine(before, after, valid)
-        elif self._wanted == "mass" and key_mass is not None:
-            found = spread(key_mass)
+        elif self._wanted == "mass":  # a layer that finds no keys yet attends to nothing
+            nothing = before.new_zeros(len(before), dtype=torch.float32)
+            found = nothing if key_mass is None else spread(key_mass)
         else:
             return
         if layer == 0:

@@ -81,7 +81,7 @@ class Table:
         """Forget what was worked out for the last pass."""
         self._chosen: Chosen | None = None
         self._merged: Tensor | None = None
-        self._readable: Tensor | None = None
+        self._readable: dict[int, Tensor] = {}
         self._standing: dict[int, tuple[Tensor, Tensor]] = {}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -131,6 +131,10 @@ class Table:
         self, positions: Tensor, scores: Tensor | None, newest: Tensor, window: int | None
     ) -> Tensor:
         """Rank rows [..., B, H or 1, S]; -inf where there is none."""
+        if scores is None and self.ranking.voters(prompt=True) is not None:
+            # Nobody read them: in one pass over a prompt, layers below do not find them yet.
+            shape = (*positions.shape[:-2], self.heads, positions.shape[-1])
+            scores = torch.zeros(shape, device=positions.device)
         ranks = self.ranking.rank(Rows(positions, scores, newest, self.budget, self.heads))
         if window is not None:
             lowest = torch.finfo(ranks.dtype).min
@@ -151,10 +155,13 @@ class Table:
         self.count.copy_(counts[:, None, None])
 
     def once(self, held: Tensor) -> Tensor:
-        """Positions [B, S] of rows [B, 1, S]: one object for all layers, so one mask is made."""
-        if self._readable is None:
-            self._readable = held[:, 0]
-        return self._readable
+        """Positions [B, S] of rows [B, 1, S]: one object for all layers, so one mask is made.
+
+        By how many there are: a layer may be read without a turn's rows, and again with them.
+        """
+        if held.shape[-1] not in self._readable:
+            self._readable[held.shape[-1]] = held[:, 0]
+        return self._readable[held.shape[-1]]
 
     def step(self, newest: Tensor, window: int | None) -> None:
         """Take a slot for one new row of each sample, position `newest` [B, 1, 1]."""

@@ -323,3 +323,40 @@ def test_a_prompt_is_let_go_of_layer_by_layer(
     rows_held = [session._cache._storage[layer].nbytes() for layer in sorted(set(kv_of))]
     slots = [int(n) + 1 for n in session._cache.budgets()[0]]
     assert rows_held == [2 * 2 * 2 * 8 * 4 * each for each in slots]
+
+
+UPWARD = [(0, 2, 2, 3), (1, 1, 3, 3), (0, 3, 3, 3), (3, 1, 2, 0)]
+"""Of the last one a layer's keys are read from below alone: in one pass over a prompt, by nobody."""
+
+
+@pytest.mark.parametrize("kv_of", UPWARD)
+@pytest.mark.parametrize("eviction", EVICTIONS + GROWING)
+@pytest.mark.parametrize("passes", [1, 8])
+def test_a_turn_over_layers_that_read_upward(
+    tiny: Make, kv_of: tuple[int, ...], eviction: dict[str, Any], passes: int
+) -> None:
+    """They read a KV layer before a turn's rows are in it, and again with them."""
+    sharing = Sharing(kv_of, forward_passes=passes - 1, backward_passes=1)
+    model = tiny("llama", layers=4, sharing=sharing).double()
+    prompts = [list(range(20, 34)), [4, 9, 1, 50, 7, 7, 3]]
+
+    def logits(method: Method) -> list[Tensor]:
+        return [session.logits.clone() for session in walk(model, prompts, method, 3)]
+
+    roomy = logits(resolve({**eviction, "uniform": {"tokens": 40}}))
+    for found, expected in zip(roomy, logits(resolve({})), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    tight = logits(resolve({**eviction, "uniform": {"tokens": 6}}))
+    assert all(bool(found.isfinite().all()) for found in tight)
+    assert not torch.allclose(tight[-1], roomy[-1], **EXACT)
+
+
+@pytest.mark.parametrize("budget", [{}, {"squeeze_attention": {"importance": "mass"}}])
+def test_a_prompt_whose_keys_nobody_reads(tiny: Make, budget: dict[str, Any]) -> None:
+    """There is no attention to rank or to measure: of equal rows the first stay."""
+    model = tiny("llama", layers=4, sharing=Sharing(UPWARD[-1]))
+    method = resolve({"h2o": {"recent": 0.25}, **budget, "prefill": {"passes": 1}})
+    session = model.start(torch.arange(40)[None], new_tokens=2, apply=method)
+    if not budget:
+        assert rows(session._cache, 3, 0) == [[0, 1, 2, 3, 4, 5, 38, 39]] * 2
+    assert bool(session.step(torch.tensor([1])).isfinite().all())
