@@ -62,9 +62,8 @@ def scoring(config: DecoderConfig, method: Canonical, spec: Mapping[str, Any]) -
     if asked := spec.get("recall"):
         ways = len(OF_QUESTIONS.intersection(spec["metrics"]))
         cells = len(asked["tasks"]) * len(asked["depths"]) * asked["samples"] * ways
-        flops += cells * sum(
-            each.prefill_flops(rows) for rows in asked["lengths"] for each in (full, cost)
-        )
+        both = (full, cost) if spec["apply"] else (full,)
+        flops += cells * sum(each.prefill_flops(rows) for rows in asked["lengths"] for each in both)
     return _predicted(cost, length, flops, itemsize, steps=steps)
 
 

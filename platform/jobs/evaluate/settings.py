@@ -137,22 +137,7 @@ class Evaluate(Kind):
     def predict(self, spec: Mapping[str, Any], parents: Mapping[str, Parent]) -> Prediction:
         from kvlab.platform.jobs.cost import scoring
 
-        return scoring(*lineage(parents["of"]), {**spec, "tokens": _tokens(spec)})
-
-
-def _tokens(spec: Mapping[str, Any]) -> int:
-    """Tokens that go through the model, those of the full cache it is compared with included."""
-    total = 0
-    if {"perplexity", "loss_by_position"} & set(spec["metrics"]):
-        total += spec["tokens"]
-    if asked := spec.get("divergence"):
-        windows = -(-spec["tokens"] // spec["sequence_length"])
-        total += 2 * (spec["tokens"] + windows * (asked["prompt"] + asked["generate"]))
-    if asked := spec.get("recall"):
-        each = len(asked["tasks"]) * len(asked["depths"]) * asked["samples"]
-        ways = len({"recall", "multi_turn"} & set(spec["metrics"]))
-        total += (2 if spec["apply"] else 1) * ways * each * sum(asked["lengths"])
-    return total
+        return scoring(*lineage(parents["of"]), spec)
 
 
 def asks(settings: EvaluateSettings) -> bool:

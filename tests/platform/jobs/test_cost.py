@@ -9,7 +9,9 @@ import pytest
 from kvlab.methods.cost import cost_of
 from kvlab.methods.decoder.config import DecoderConfig, llama
 from kvlab.methods.registry import resolve
+from kvlab.platform.jobs import KINDS
 from kvlab.platform.jobs.cost import generating, scoring, training
+from kvlab.platform.jobs.kind import Parent
 
 CONFIG = DecoderConfig(vocab_size=64, **llama(32, 6, 4, 2, 88))
 UPWARD = resolve({"cross_layer": {"layout": "sandwich_top", "kv_layers": 3}}).to_dict()
@@ -81,3 +83,36 @@ def test_generation_leaves_out_what_an_early_exit_leaves_out() -> None:
     assert early.flops == pytest.approx(cost.prefill_flops(64) + cost.decode_flops(64))
     assert 1 / 3 < early.flops / full.flops < 0.4  # two of six layers in full, keys of a third
     assert early.kv_bytes_per_token == full.kv_bytes_per_token == 3 * 2 * 2 * 8 * 4
+
+
+def test_each_metric_of_an_evaluation_is_counted_once() -> None:
+    asked = {"tasks": ["passkey"], "lengths": [16], "depths": [0.0], "samples": 3}
+    common = {
+        "metrics": [],
+        "sequence_length": ROWS,
+        "tokens": 32 * ROWS,
+        "batch_size": 4,
+        "dtype": "float32",
+        "apply": resolve({"h2o": {}}).to_dict(),
+        "divergence": {"prompt": 8, "generate": 8},
+        "recall": asked,
+    }
+    parts = {"perplexity": (), "divergence": ("divergence",), "recall": ("recall",)}
+    model = Parent("base", "train", {"model": {"config": CONFIG.to_dict()}, "method": {}}, {})
+
+    def predicted(*metrics: str, **changes: Any) -> float:
+        absent = {"divergence", "recall"} - {key for name in metrics for key in parts[name]}
+        said = {**common, "metrics": list(metrics), **changes}
+        said = {key: value for key, value in said.items() if key not in absent}
+        flops = KINDS["evaluate"].predict(said, {"of": model}).flops
+        assert flops is not None
+        return flops
+
+    each = [predicted(name) for name in parts]
+    assert predicted(*parts) == pytest.approx(sum(each))
+    # Two caches, and of each a session that reads on and one that generates.
+    cost = cost_of(CONFIG, resolve({}))
+    once = 2 * (2 * cost.prefill_flops(8) + (8 + 8) * cost.decode_flops(8 + 4, 8))
+    assert predicted("divergence", apply={}) == pytest.approx(32 * once)
+    # The full cache is asked once, not compared with itself.
+    assert predicted("recall", apply={}) == pytest.approx(each[2] / 2)
