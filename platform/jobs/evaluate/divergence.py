@@ -81,6 +81,9 @@ def measure(
 
     Args:
         spec: prompt (tokens that are prefilled), generate (tokens that are generated at most).
+
+    Raises:
+        JobError: nothing to score, or a divergence that is not finite.
     """
     chosen, prompt = after_prompt(windows, spec["prompt"]), spec["prompt"]
     parts: list[Divergence] = []
@@ -99,6 +102,11 @@ def measure(
         context.progress(done, len(chosen), "windows against the full cache")
     names = Divergence.__dataclass_fields__
     whole = Divergence(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+    if not bool(whole.kl.isfinite().all()):
+        raise JobError(
+            "the divergence from the full cache is not finite: the model's weights are broken, "
+            "or too large for the dtype"
+        )
     return summarise(whole, windows, chosen, spec)
 
 

@@ -269,6 +269,14 @@ def test_what_cannot_be_asked_is_one_line(evaluate, changes, message):
         evaluate(**changes)
 
 
+def test_answers_that_are_not_finite_are_one_line(evaluate, recaller, tmp_path):
+    model = recaller(VOCABULARY)
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    with pytest.raises(JobError, match="divergence from the full cache is not finite"):
+        evaluate(metrics=["divergence"], of=saved(model, tmp_path / "broken"))
+
+
 def test_it_stops_when_asked(symbols, model, tmp_path):
     for metric in ("divergence", "recall"):
         spec = {**SPEC, "metrics": [metric]}
