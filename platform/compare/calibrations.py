@@ -80,11 +80,17 @@ def read_calibrations(jobs: Sequence[JobRow]) -> tuple[Calibration, ...]:
 
 
 def budgets_text(row: JobRow, by_name: Mapping[str, JobRow]) -> str:
-    """`budgets of groups[p=0.2]` for a measuring job that was given fixed ones; else nothing."""
+    """`budgets of groups[p=0.2]` for a measuring job that was given fixed ones; else nothing.
+
+    Those of another job's model say whose they are: `budgets of groups[of=base]`.
+    """
     source = by_name.get(row.parents.get(BUDGETS, ""))
     if source is None:
         return ""
     inside = axes_text(source.axes)
+    own, other = (by_name.get(each.parents.get("of", "")) for each in (row, source))
+    if own is not None and other is not None and own.job != other.job:
+        inside = ", ".join(filter(None, (f"of={other.job}", inside)))
     return f"budgets of {source.job}[{inside}]" if inside else f"budgets of {source.job}"
 
 

@@ -49,6 +49,7 @@ def found(*, noise: float = 0.02, p: float | None = 0.35) -> dict[str, Any]:
 def calibrate(lab: Any, of: str, outcome: Any, *, p: float | None = None) -> str:
     axes = {"calibrate.p": p} if p is not None else {}
     inside = "".join(f"p={p}," for _ in axes)
+    inside += f"of={of}," if of != "base[seed=0]" else ""
     name, parents = f"groups[{inside}seed=0]", {"of": of, "data": "data"}
     model = next(row for row in lab.jobs if row.name == of)
     shown = {key.split(".")[-1]: value for key, value in axes.items()}
@@ -104,6 +105,19 @@ def test_budgets_of_several_points_are_told_apart(lab: Any) -> None:
     assert [arm.id for arm in comparison.arms] == [
         "base + h2o with budgets of groups[p=0.2]",
         "base + h2o with budgets of groups[p=0.4]",
+    ]
+
+
+def test_budgets_found_of_other_models_are_told_apart(lab: Any) -> None:
+    models = [lab.train(name, 0) for name in ("small", "large", "base")]
+    for number, model in enumerate(models[:2]):
+        source = calibrate(lab, model, found())
+        measured = lab.evaluate(models[2], 3.6, job=f"by{number}", apply=H2O)
+        given(lab, measured, source)
+    comparison = compare(lab.load(lab.save()))
+    assert [arm.id for arm in comparison.arms if arm.job == "base"] == [
+        "base + h2o with budgets of groups[of=large]",
+        "base + h2o with budgets of groups[of=small]",
     ]
 
 
