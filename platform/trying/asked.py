@@ -128,6 +128,11 @@ def lengths(
     """
     most, span = subject.config.max_positions, subject.span
     after = generate or min(QUICK_GENERATE if quick else GENERATE, max(1, most // 4))
+    if generate is not None and SHORTEST * span <= most < SHORTEST * span + after:
+        raise KvlabError(
+            f"--generate: {after} tokens after a prompt of {SHORTEST * span} or more are more than "
+            f"the model's {most} positions: give {most - SHORTEST * span} or fewer"
+        )
     if prompt is not None:
         if prompt + after > most:
             raise KvlabError(

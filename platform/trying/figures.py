@@ -63,12 +63,17 @@ class Speed:
 
 @dataclass(slots=True)
 class Findings:
-    """Results by `Point.key`. failed: key -> what a job of it said when it failed."""
+    """Results by `Point.key`.
+
+    Attributes:
+        failed: (job, key) -> what it said when it failed. problems: the same of other jobs, by
+            name.
+    """
 
     divergence: dict[str, Divergence] = field(default_factory=dict)
     recall: dict[str, Recall] = field(default_factory=dict)
     speed: dict[str, Speed] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
+    failed: dict[tuple[str, str], str] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
 
     def read(self, jobs: Iterable[JobRow]) -> None:
@@ -81,16 +86,20 @@ class Findings:
                 if apply is None:
                     self.problems[job.name] = job.message
                 else:
-                    self.failed[key_of(apply)] = job.message
+                    self.failed[job.job, key_of(apply)] = job.message
 
     def add(self, job: str, spec: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-        """Take in one result."""
+        """Take in one result, whatever an earlier attempt at it said."""
+        if job not in (QUALITY, RECALL, SPEED):
+            return
+        key = key_of(spec["apply"])
+        self.failed.pop((job, key), None)
         if job == QUALITY:
-            self.divergence[key_of(spec["apply"])] = read_divergence(result)
+            self.divergence[key] = read_divergence(result)
         elif job == SPEED:
-            self.speed[key_of(spec["apply"])] = read_speed(spec, result)
-        elif job == RECALL:
-            self.recall[key_of(spec["apply"])] = read_recall(result)
+            self.speed[key] = read_speed(spec, result)
+        else:
+            self.recall[key] = read_recall(result)
 
 
 def read_divergence(result: Mapping[str, Any]) -> Divergence:

@@ -98,13 +98,13 @@ class Try:
             written(self.text())
             ran = runner.stage(self.text())
             findings.read(ran.workflow.jobs)
-            if FULL.key not in findings.divergence and ran.state is not WorkflowState.STOPPED:
+            if ran.state in (WorkflowState.STOPPED, WorkflowState.CANCELLED):
+                break
+            if FULL.key not in findings.divergence:
                 problems = [*findings.problems.values(), *findings.failed.values()]
                 raise KvlabError(
                     f"the full cache could not be scored: {problems[0] if problems else 'unknown'}"
                 )
-            if ran.state in (WorkflowState.STOPPED, WorkflowState.CANCELLED):
-                break
         assert ran is not None
         return Answer(self.sheet(findings), self.text(), ran.workflow.row.id, ran.state, ran.mirror)
 

@@ -242,7 +242,8 @@ def percent(share: float) -> str:
 
 def known_names() -> list[str]:
     """Values of the cache's axes that may be asked for by name."""
-    return sorted(v.name for axis in CACHE_AXES for v in REGISTRY.values(axis) if not v.default)
+    found = [v for axis in CACHE_AXES for v in REGISTRY.values(axis) if not v.default]
+    return sorted(v.name for v in found if v.axis != "budget" or _sized(v))
 
 
 def itemsize_of(device: str) -> int:

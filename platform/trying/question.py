@@ -81,11 +81,18 @@ class Question:
 
 
 def _refuse_misfits(candidates: Candidates, asked: Asked) -> None:
-    """Refuse a question that no value of a method fits, or that names one that does not.
+    """Refuse a question that no value fits, or that names one that does not or is of no use alone.
 
     Raises:
         KvlabError: naming what does not fit, and why.
     """
+    if asked.methods is not None and candidates.budgets:
+        cure = "leave out --quick" if candidates.evictions else "name an eviction as well"
+        if asked.quick or not candidates.evictions:
+            raise KvlabError(
+                f"--methods: {candidates.budgets[0].name} divides what an eviction keeps, so it is "
+                f"tried in compositions alone: {cure}"
+            )
     points = candidates.singles()
     if not points or (asked.methods is not None and candidates.left_out):
         why = next(iter(candidates.left_out), "no method is left")

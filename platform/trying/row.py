@@ -16,6 +16,8 @@ class Row:
     """One point with all that is known of it.
 
     Attributes:
+        failed: why it has no divergence, where it was to have one.
+        lacking: why it was not asked or not timed, where it was to be.
         kv_bytes: of one sequence at its end: measured, or as the cost model says (`predicted`).
         of_full: those bytes over the full cache's, both by the same way.
         sequences: how many fit the memory beside the weights; None: the weights alone do not.
@@ -34,3 +36,4 @@ class Row:
     over: bool = False
     mark: Mark = ""
     failed: str = ""
+    lacking: str = ""

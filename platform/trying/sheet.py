@@ -10,11 +10,14 @@ from typing import Any
 from kvlab.platform.trying.asked import Asked
 from kvlab.platform.trying.choose import marked
 from kvlab.platform.trying.figures import Findings
+from kvlab.platform.trying.plan import QUALITY, RECALL, SPEED
 from kvlab.platform.trying.points import Candidates, Point, by_budget, itemsize_of, percent
 from kvlab.platform.trying.row import Row
 from kvlab.platform.trying.subject import Subject
 
 SCHEMA = 1
+OTHERS = (RECALL, SPEED)
+"""Jobs that a point may fail and keep its divergence."""
 OVER = 1.1
 """Times its budget that a point may hold before it is said to be over it: rounding, and the row of
 the step itself."""
@@ -133,6 +136,7 @@ class Sheets:
         measured = speed is not None and reference is not None
         held = speed.kv_bytes if speed is not None else expected
         share = held / reference.kv_bytes if measured and reference else expected / whole
+        lacking = [findings.failed[job, key] for job in OTHERS if (job, key) in findings.failed]
         return Row(
             point=point,
             divergence=findings.divergence.get(key),
@@ -143,7 +147,8 @@ class Sheets:
             of_full=share,
             over=point.budget is not None and share > OVER * point.budget,
             sequences=self._fitting(held),
-            failed=findings.failed.get(key, ""),
+            failed=findings.failed.get((QUALITY, key), ""),
+            lacking=lacking[0] if lacking else "",
         )
 
     def _bytes(self, point: Point) -> float:

@@ -100,5 +100,11 @@ def footnotes(sheet: Sheet) -> Iterator[str]:
             "↑ holds more than its budget, which is a share of the prompt: what is generated stays "
             "beside it. Such points come after those within the budget."
         )
+    for group in sheet.groups:
+        for row in group.rows:
+            why = (row.failed or row.lacking).strip().split("\n")[0]
+            if why:
+                what = "failed" if row.failed else "not all measured"
+                yield f"{what}: {row.point.label}, {group.title}: {why}"
     for line in sheet.left_out:
         yield f"left out: {line}"
