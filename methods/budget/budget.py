@@ -16,7 +16,7 @@ class Evidence:
 
     Attributes:
         prompt: [B] int64, rows of each sample's prompt, padding excluded.
-        most: rows that a layer can hold at all.
+        most: [B] int64, rows of each sample that a layer can hold at all, no less than `least`.
         least: rows that every layer must keep.
         window: newest rows that its eviction protects (SnapKV's voters); 0 where it has none.
         readers: of each layer that owns keys and values, from the bottom, the decoder layers that
@@ -29,13 +29,17 @@ class Evidence:
     """
 
     prompt: Tensor
-    most: int
+    most: Tensor
     least: int
     window: int
     readers: tuple[tuple[int, ...], ...]
     cosines: Tensor | None = None
     spread: Tensor | None = None
     ranks: Tensor | None = None
+
+    def bounded(self, rows: Tensor) -> Tensor:
+        """Bring rows [B, K] within what layers must keep and can hold."""
+        return rows.clamp(min=self.least).minimum(self.most[:, None])
 
 
 class Budget(ABC):
@@ -58,7 +62,7 @@ class Budget(ABC):
         """[B] int64: what an `Amount` gives each sample, within what is possible."""
         lengths: list[int] = evidence.prompt.tolist()
         rows = [self.params.rows(length) for length in lengths]
-        return torch.tensor(rows).clamp(evidence.least, max(evidence.least, evidence.most))
+        return evidence.bounded(torch.tensor(rows)[:, None])[:, 0]
 
     @abstractmethod
     def rows(self, evidence: Evidence) -> Tensor:
@@ -69,5 +73,6 @@ class Fixed(Budget):
     """So many rows in every layer, whatever a method says; made with their number, None: all."""
 
     def rows(self, evidence: Evidence) -> Tensor:
-        rows = evidence.most if self.params is None else min(self.params, evidence.most)
+        most = int(evidence.most.max())
+        rows = most if self.params is None else min(self.params, most)
         return torch.full((len(evidence.prompt), len(evidence.readers)), rows)

@@ -243,10 +243,11 @@ class EvictingCache(Cache):
     def _evidence(self) -> Evidence:
         opening = self._opening
         readers = tuple(tuple(readers) for _, readers in sorted(self._readers.items()))
+        least, later = opening.least(), opening.rows - self._prompt
         return Evidence(
             prompt=self._lengths,
-            most=opening.rows,
-            least=opening.least(),
+            most=(self._lengths + (0 if self._ranking.grows else later)).clamp(min=least),
+            least=least,
             window=getattr(self._ranking.params, "window", None) or 0,
             readers=readers,
             cosines=self._measures.cosines(opening.config.layers),

@@ -20,4 +20,4 @@ class PerLayer(Budget):
                 f"per_layer: the model has {len(evidence.readers)} layers that own keys and "
                 f"values, found {rows.shape[1]} numbers"
             )
-        return rows.clamp(evidence.least, max(evidence.least, evidence.most))
+        return evidence.bounded(rows)

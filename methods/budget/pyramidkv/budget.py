@@ -18,4 +18,4 @@ class Pyramid(Budget):
         found = [
             rows(self.params, layers, length, evidence.window, evidence.least) for length in lengths
         ]
-        return torch.tensor(found).clamp(max=max(evidence.least, evidence.most))
+        return torch.tensor(found).minimum(evidence.most[:, None])

@@ -50,7 +50,7 @@ class SqueezeAttention(Budget):
         """As the reference: the shares times the unrounded amount, cut to whole rows."""
         amount = self.params.tokens or self.params.share * evidence.prompt[:, None].double()
         rows = (shares * amount + 1e-9).long()
-        return rows.clamp(evidence.least, max(evidence.least, evidence.most))
+        return evidence.bounded(rows)
 
 
 def shares_of(values: Sequence[float], p: float | None) -> Tensor:

@@ -184,7 +184,7 @@ def test_groups_and_truncated_budgets(name: str) -> None:
         budget = SqueezeAttention(SqueezeParams(about["ini_size"], p=p, rounding="truncate"))
         evidence = Evidence(
             prompt=torch.tensor([about["prompt_len"]]),
-            most=about["prompt_len"],
+            most=torch.tensor([about["prompt_len"]]),
             least=1,
             window=0,
             readers=tuple((layer,) for layer in range(about["L"])),

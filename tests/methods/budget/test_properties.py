@@ -33,7 +33,7 @@ cosines = st.lists(
 def evidence(prompt: list[int], layers: int, **more: Any) -> Evidence:
     found = {
         "prompt": torch.tensor(prompt),
-        "most": max(prompt) + 8,
+        "most": torch.full((len(prompt),), max(prompt) + 8),
         "least": 1,
         "window": 0,
         "readers": tuple((layer,) for layer in range(layers)),
@@ -184,7 +184,9 @@ def test_squeezed_budgets(
     assert rows.sum(1).tolist() == [6 * each for each in average]
     assert int(rows.min()) >= least
     for i, length in enumerate(prompt):
-        one = evidence([length], 6, cosines=found[i : i + 1], least=least, most=asked.most)
+        one = evidence(
+            [length], 6, cosines=found[i : i + 1], least=least, most=asked.most[i : i + 1]
+        )
         alone = SqueezeAttention(SqueezeParams(share, p=p)).rows(one)
         assert torch.equal(alone[0], rows[i])
     weights = torch.tensor(prompt).double()
@@ -259,7 +261,9 @@ def test_one_top_k_over_layers(prompt: list[int], tokens: int, seed: int, least:
     ranks = torch.rand(len(prompt), layers, rows, generator=generator)
     for sample, length in enumerate(prompt):
         ranks[sample, :, : rows - length] = float("-inf")
-    asked = evidence(prompt, layers, ranks=ranks, least=least, most=rows)
+    asked = evidence(
+        prompt, layers, ranks=ranks, least=least, most=torch.full((len(prompt),), rows)
+    )
     found = GlobalTopK(UniformParams(tokens=tokens)).rows(asked)
     for sample, length in enumerate(prompt):
         total = layers * min(max(tokens, least), rows)

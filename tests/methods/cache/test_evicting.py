@@ -16,6 +16,7 @@ from kvlab.kernels.attention import EMPTY
 from kvlab.methods.axis import Method
 from kvlab.methods.cache.evicting import EvictingCache
 from kvlab.methods.cache.opening import open_cache
+from kvlab.methods.cost import cost_of
 from kvlab.methods.decoder.config import Sharing
 from kvlab.methods.decoder.generation import left_pad
 from kvlab.methods.decoder.language_model import TokenModel
@@ -326,7 +327,7 @@ def test_a_prompt_is_let_go_of_layer_by_layer(
 
 
 UPWARD = [(0, 2, 2, 3), (1, 1, 3, 3), (0, 3, 3, 3), (3, 1, 2, 0)]
-"""Of the last one a layer's keys are read from below alone: in one pass over a prompt, by nobody."""
+"""Of the last one a layer's keys are read from below alone: in one pass over a prompt, by none."""
 
 
 @pytest.mark.parametrize("kv_of", UPWARD)
@@ -360,3 +361,28 @@ def test_a_prompt_whose_keys_nobody_reads(tiny: Make, budget: dict[str, Any]) ->
     if not budget:
         assert rows(session._cache, 3, 0) == [[0, 1, 2, 3, 4, 5, 38, 39]] * 2
     assert bool(session.step(torch.tensor([1])).isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("eviction", "share"), [(EVICTIONS[1], 1.0), (EVICTIONS[3], 1.0), (GROWING[2], 0.95)]
+)
+def test_what_a_layer_cannot_hold_of_a_sample_the_others_get(
+    tiny: Make, eviction: dict[str, Any], share: float
+) -> None:
+    """Whatever the batch: of its own text, and where all that is generated stays of its prompt."""
+    model = tiny("llama", layers=4).double()
+    method = resolve({**eviction, "squeeze_attention": {"share": share, "p": 0.05}})
+    prompts = [list(range(20)), [50, 3, 4, 19, 8, 8, 30, 2, 41, 6, 7, 12]]
+    together = list(walk(model, prompts, method, 0))[-1]
+    grows = method["eviction"].value.grows
+    later = 0 if grows is not None and grows(method["eviction"].params) else 4
+    for sample, prompt in enumerate(prompts):
+        alone = list(walk(model, [prompt], method, 0))[-1]
+        budgets = alone._cache.budgets()[0]
+        assert torch.equal(together._cache.budgets()[sample], budgets)
+        assert int(budgets.sum()) == 4 * int(share * len(prompt))
+        assert int(budgets.max()) <= len(prompt) + later
+        torch.testing.assert_close(together.logits[sample], alone.logits[0], **EXACT)
+        if later == 0:
+            predicted = cost_of(model.config, method).kv_bytes(len(prompt) + 4, 8, len(prompt))
+            assert alone.kv_bytes() == pytest.approx(predicted, rel=0.01)
