@@ -13,7 +13,7 @@ from kvlab import KvlabError
 from kvlab.kernels.attention import EMPTY, Rule
 from kvlab.methods.budget.budget import Budget, Evidence
 from kvlab.methods.cache.importance import Importance
-from kvlab.methods.cache.interface import Cache, Extra, Keys, Step
+from kvlab.methods.cache.interface import Cache, Extra, Keys, Step, copy_saved
 from kvlab.methods.cache.opening import Opening, last_reads
 from kvlab.methods.cache.ranking import Ranking
 from kvlab.methods.cache.storage import Storage
@@ -213,18 +213,21 @@ class EvictingCache(Cache):
         return found | self._measures.state()
 
     def restore(self, state: dict[str, Tensor]) -> None:
+        tables = state["tables"].tolist() if "tables" in state else []
+        if len(tables) != len(self._readers):
+            copy_saved(state, {})  # which refuses it
         self._seen, self._prompt = state["seen"].tolist()
-        self._lengths, self._newest = state["lengths"].clone(), state["newest"].clone()
-        numbers = dict(zip(sorted(self._readers), state["tables"].tolist(), strict=True))
-        self._build(state["rows"].clone(), numbers)
-        for i, table in enumerate(self._tables):
-            for name, tensor in table.tensors().items():
-                tensor.copy_(state[f"table.{i}.{name}"])
-            table.low, table.high = state["counts"][i].tolist()
-        for layer, storage in self._storage.items():
-            for name, tensor in storage.state().items():
-                tensor.copy_(state[f"layer.{layer}.{name}"])
-        self._measures.restore(state)
+        self._lengths = state["lengths"].to("cpu", copy=True)
+        self._newest = state["newest"].to(self._opening.device, copy=True)
+        numbers = dict(zip(sorted(self._readers), tables, strict=True))
+        self._build(state["rows"].to("cpu", copy=True), numbers)
+        copy_saved(*(
+            {name: t for name, t in some.items() if name.startswith(("table.", "layer."))}
+            for some in (state, self.state())
+        ))  # fmt: skip
+        for table, counts in zip(self._tables, state["counts"].tolist(), strict=True):
+            table.low, table.high = counts
+        self._measures.restore(state, self._opening.device)
 
     def _begin(self, step: Step) -> None:
         """Start a prompt; where the budget needs no more than lengths, divide it at once."""

@@ -56,10 +56,10 @@ class Importance:
         found = {f"importance.{layer}": tensor for layer, tensor in self._sums.items()}
         return {**found, "importance.steps": torch.tensor(self.steps)}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore(self, state: dict[str, Tensor], device: torch.device) -> None:
         self.steps = int(state["importance.steps"])
         names = [name for name in state if name.startswith("importance.") and name[11:].isdigit()]
-        self._sums = {int(name[11:]): state[name].clone() for name in names}
+        self._sums = {int(name[11:]): state[name].to(device, copy=True) for name in names}
 
     def _means(self, layers: int) -> Tensor | None:
         """[B, layers] float64 on the CPU: the one time that the device is waited for."""

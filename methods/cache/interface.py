@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -141,3 +142,19 @@ class Cache(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes of the live storages (`untyped_storage().nbytes()`), tables included."""
+
+
+def copy_saved(saved: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
+    """Copy saved tensors into live ones of the same names and shapes.
+
+    Raises:
+        KvlabError: they are those of another cache.
+    """
+    shapes = [{name: tensor.shape for name, tensor in some.items()} for some in (saved, live)]
+    if shapes[0] != shapes[1]:
+        raise KvlabError(
+            "the saved cache is not of this shape: open one with the same method, model, batch and "
+            "number of tokens"
+        )
+    for name, tensor in live.items():
+        tensor.copy_(saved[name])

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvlab import KvlabError
 from kvlab.kernels.attention import EMPTY, Rule
-from kvlab.methods.cache.interface import Cache, Extra, Keys, Step
+from kvlab.methods.cache.interface import Cache, Extra, Keys, Step, copy_saved
 from kvlab.methods.cache.opening import Opening, last_reads
 from kvlab.methods.cache.policy import Policy
 from kvlab.methods.cache.storage import Storage
@@ -175,14 +175,7 @@ class SlotCache(Cache):
 
     def restore(self, state: dict[str, Tensor]) -> None:
         live = self.state()
-        shapes = [{name: tensor.shape for name, tensor in some.items()} for some in (live, state)]
-        if shapes[0] != shapes[1]:
-            raise KvlabError(
-                "the saved cache is not of this shape: open one with the same method, model, batch "
-                "and number of tokens"
-            )
-        for name, tensor in live.items():
-            tensor.copy_(state[name])
+        copy_saved(state, live)
         seen, padded = live["seen"].tolist()
         self._seen, self._padded = seen, bool(padded)
 
