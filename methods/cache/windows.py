@@ -14,7 +14,7 @@ class ReadsWindow:
 
     Args:
         window: rows that a query may read, its own included, sinks apart.
-        sinks: of the first rows, which it always may.
+        sinks: of the first rows, which it always may; 0 for a model with windows of its own.
     """
 
     def __init__(self, window: int, sinks: int = 0) -> None:
@@ -24,8 +24,7 @@ class ReadsWindow:
         """The tighter of this and the model's own rule."""
         if own.window is not None and own.window <= self.window:
             return own
-        sinks = self.sinks if own.window is None else min(self.sinks, own.sinks)
-        return replace(own, window=self.window, sinks=sinks)
+        return replace(own, window=self.window, sinks=self.sinks)
 
 
 def window_of(method: Method) -> int | None:

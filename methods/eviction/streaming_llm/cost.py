@@ -18,7 +18,10 @@ def prompt_window(config: DecoderConfig, method: Method, layer: int) -> int | No
 
 
 def in_one_pass(config: DecoderConfig, method: Method) -> bool:
-    """A mask says it where nothing moves, nothing grows and all layers keep as many rows."""
+    """A mask says it where nothing moves, nothing grows and all layers keep as many rows.
+
+    Layers with windows of their own do not: sinks leave them, and make room, as they move out.
+    """
     params = method["eviction"].params
     by_age = params.positions == "absolute" and params.generated == "evict" and not params.turns
-    return by_age and alike(method)
+    return by_age and alike(method) and not (params.sinks and config.windows)

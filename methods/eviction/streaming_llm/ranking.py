@@ -30,8 +30,9 @@ class StreamingLLM(Ranking):
     def scoring(
         self, config: DecoderConfig, method: Method, passes: int | None = None
     ) -> Cache | None:
-        past = window_of(method)
+        past, sinks = window_of(method), self.params.sinks
         if past is None or self.in_cache or self.grows or self.by_turn:
             return None
-        sinks = self.params.sinks
+        if sinks and config.windows is not None:  # sinks leave such layers once out of their window
+            return None
         return one_pass(config, ReadsWindow(past - sinks + 1, sinks), passes)
