@@ -69,6 +69,22 @@ class Session(ABC):
         """Tokens that those bytes stand for: sequences x tokens seen so far, padding excluded."""
 
 
+def refuse_padding_behind(valid: Tensor | None) -> None:
+    """Refuse sequences [B, T] that end in padding, empty ones included: nothing can follow it.
+
+    Raises:
+        KvlabError: in one line.
+    """
+    if valid is None or valid.is_meta:
+        return
+    wrong = (~valid[:, -1]).nonzero().flatten().tolist()
+    if wrong:
+        raise KvlabError(
+            f"valid: the last token of sequence {wrong[0]} is padding: pad on the left, and give "
+            "every sequence a token"
+        )
+
+
 class LanguageModel(nn.Module, ABC):
     """A decoder with a method's train-time axes applied.
 

@@ -113,10 +113,14 @@ def resolve(
         MethodError: an unknown name, two choices on one axis, or a combination that is refused.
     """
     make = build or build_params
+    if not isinstance(written, str | Mapping):
+        raise MethodError(f"a method is a name, or names with parameters, found {written!r}")
     items = {written: {}} if isinstance(written, str) else dict(written)
     chosen: dict[AxisName, Choice] = {}
     for name, raw in items.items():
-        entry = REGISTRY.find(name)
+        entry = REGISTRY.find(str(name))
+        if not (raw is None or isinstance(raw, Mapping)):
+            raise MethodError(f"{name}: must be a mapping of parameters, found {raw!r}")
         if isinstance(entry, Preset):
             own: dict[str, dict[str, Any]] = {n: dict(p) for n, p in entry.values.items()}
             for key, value in (raw or {}).items():

@@ -9,7 +9,7 @@ from torch import Tensor
 from kvlab.methods.axis import Method
 from kvlab.methods.block_transformer.model import BlockTransformer, block_positions
 from kvlab.methods.cache.opening import open_cache
-from kvlab.methods.model import Session
+from kvlab.methods.model import Session, refuse_padding_behind
 from kvlab.methods.prefill.params import prefill_of
 
 
@@ -31,6 +31,7 @@ class BlockSession(Session):
         new_tokens: int,
         apply: Method | None,
     ) -> None:
+        refuse_padding_behind(valid)
         batch, tokens = ids.shape
         length, pad = model.params.block_length, model.config.pad_id
         self._model, self._length = model, length

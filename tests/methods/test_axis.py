@@ -71,6 +71,22 @@ def test_implementations_and_costs_are_there() -> None:
             importlib.import_module(value.cost)
 
 
+@pytest.mark.parametrize(
+    ("written", "error"),
+    [
+        ({"h2o": 0.2}, "h2o: must be a mapping of parameters, found 0.2"),
+        ({"snapkv": ["window"]}, r"snapkv: must be a mapping of parameters, found \['window'\]"),
+        ({5: {}}, "unknown method '5'"),
+        (["h2o"], r"a method is a name, or names with parameters, found \['h2o'\]"),
+        (None, "a method is a name"),
+    ],
+)
+def test_what_is_no_method_at_all(written: Any, error: str) -> None:
+    with pytest.raises(MethodError, match=error) as raised:
+        resolve(written)
+    assert "\n" not in str(raised.value)
+
+
 def test_two_values_of_one_axis() -> None:
     with pytest.raises(MethodError, match="both choose the eviction axis"):
         resolve({"sliding_window": {}, "full_attention": {}})

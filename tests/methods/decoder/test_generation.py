@@ -7,6 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from kvlab import KvlabError
+from kvlab.methods.build import build
+from kvlab.methods.decoder.config import DecoderConfig, llama
 from kvlab.methods.decoder.generation import GenerationError, generate, pick
 from kvlab.methods.decoder.language_model import TokenModel
 from kvlab.methods.registry import resolve
@@ -94,3 +97,19 @@ def test_a_decode_step_never_waits_for_the_device(
     for _ in range(4):
         session.step(session.logits.argmax(-1))
     assert session.logits.shape == (2, 53)
+
+
+@pytest.mark.parametrize("granularity", ["token", "block_transformer"])
+def test_padding_behind_a_sequence_is_refused(granularity: str) -> None:
+    """What is generated would stand at the first position again."""
+    config = DecoderConfig(53, **llama(32, 4, 4, 2, 48))
+    model, ids = build(config, resolve(granularity)), torch.arange(16).view(2, 8)
+    valid = torch.ones(2, 8, dtype=torch.bool)
+    valid[1, 5:] = False
+    for wrong in (valid, valid & torch.tensor([[True], [False]])):
+        with pytest.raises(KvlabError, match="sequence 1 is padding: pad on the left") as raised:
+            model.start(ids, wrong, new_tokens=8)
+        assert "\n" not in str(raised.value)
+        session = model.start(ids, new_tokens=8)
+        with pytest.raises(KvlabError, match=r"pad on the left|turns of one length"):
+            session.extend(ids, wrong)
