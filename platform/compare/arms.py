@@ -16,6 +16,7 @@ from kvlab.platform.compare.labels import (
     canonical,
     method_text,
     varying_parameters,
+    with_its_budget,
 )
 from kvlab.platform.compare.metrics import QUALITIES
 from kvlab.platform.compare.samples import READERS, Key, Reading, Recalled, Sample
@@ -110,7 +111,8 @@ def _draft(
     axes = {key: value for key, value in model.axes.items() if key != "seed"}
     key = (model.job, canonical(axes), canonical(applied) + budgets)
     if key not in drafts:
-        apply = " with ".join(filter(None, (method_text(applied, applied_names), budgets)))
+        used = method_text(with_its_budget(applied), applied_names)
+        apply = " with ".join(filter(None, (used, budgets)))
         name = arm_name(model.job, axes, apply)
         # Only axes that JSON tells apart and text does not, as 1 and "1", can meet here.
         same = sum(
@@ -126,7 +128,7 @@ def _names(
 ) -> tuple[set[Parameter], set[Parameter]]:
     """Parameters worth naming: those that differ between models, and between uses of them."""
     trained = [row.spec["method"] for row in jobs if row.spec.get("method")]
-    applied = [row.spec["apply"] for row, _ in measured if row.spec.get("apply")]
+    applied = [with_its_budget(row.spec["apply"]) for row, _ in measured if row.spec.get("apply")]
     return varying_parameters(trained), varying_parameters(applied)
 
 

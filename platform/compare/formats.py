@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import isfinite, log10
+from math import floor, isfinite, log10
 
 from kvlab.platform.compare.metrics import Metric
 from kvlab.platform.compare.model import Change, Cost, Number
@@ -11,6 +11,8 @@ _SECONDS = ((3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"), (1e-6, "µs"
 _BYTES = ((2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B"))
 _COUNTS = ((1e9, "B"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 _FLOPS = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1.0, ""))
+MOST_DIGITS = 9
+"""Digits after the point at most."""
 WHOLE_BYTES = 10_240
 """Below this many bytes, bytes are counted out."""
 
@@ -146,4 +148,6 @@ def _digits(value: float, metric: Metric | None = None) -> int:
     wanted = 4 if metric is not None and metric.quality and not metric.absolute else 3
     if whole:
         return 0
-    return max(0, wanted - 1 - int(log10(abs(value)))) if abs(value) >= 1 else wanted
+    if abs(value) >= 1:
+        return max(0, wanted - 1 - int(log10(abs(value))))
+    return min(MOST_DIGITS, wanted - 1 - floor(log10(abs(value))))

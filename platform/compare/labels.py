@@ -9,7 +9,8 @@ from typing import Any
 
 from kvlab import KvlabError
 from kvlab.methods.axis import Value
-from kvlab.methods.registry import REGISTRY
+from kvlab.methods.budget.amount import least_rows
+from kvlab.methods.registry import REGISTRY, from_dict
 
 Canonical = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """`Method.to_dict()`: {axis: {name: {parameter: value}}}; empty is full attention."""
@@ -46,7 +47,23 @@ def method_text(method: Canonical, varying: Iterable[Parameter] = ()) -> str:
         for choices in method.values()
         for name, parameters in choices.items()
     ]
-    return " + ".join(parts)
+    return " + ".join(filter(None, parts))
+
+
+def with_its_budget(method: Canonical) -> Canonical:
+    """The method with the default budget written out where its eviction reads one.
+
+    A canonical method leaves it out, and an arm at the default share would not say at which it is.
+    """
+    try:
+        made = from_dict(method)
+    except KvlabError:
+        return method
+    reads = "budget" in made["eviction"].value.consumes and least_rows(made)
+    if "budget" in method or not reads:
+        return method
+    budget = made["budget"]
+    return {"budget": {budget.value.name: asdict(budget.params)}, **method}
 
 
 def varying_parameters(methods: Iterable[Canonical]) -> set[Parameter]:
@@ -95,7 +112,18 @@ def _choice(name: str, parameters: Mapping[str, Any], varying: set[Parameter]) -
         or (value is not None and canonical(defaults[key]) != canonical(value))
     }
     inside = ", ".join(f"{key}={plain(value)}" for key, value in shown.items())
+    if not inside and _is_default(name):
+        return ""
     return f"{name}({inside})" if inside else name
+
+
+def _is_default(name: str) -> bool:
+    """Whether an axis is this where nothing is chosen on it: alone, it says nothing."""
+    try:
+        entry = REGISTRY.find(name)
+    except KvlabError:
+        return False
+    return isinstance(entry, Value) and entry.default
 
 
 def _defaults(name: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kvlab.methods.registry import resolve
-from kvlab.platform.compare.labels import method_text, varying_parameters
+from kvlab.platform.compare.labels import method_text, varying_parameters, with_its_budget
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,24 @@ def test_a_parameter_varies_among_equal_choices_alone() -> None:
     written = [{"lckv": {"strict": True}}, {"cla": {}}, {"cla": {"group": 3}}]
     methods = [resolve(one).to_dict() for one in written]
     assert varying_parameters(methods) == {("cla", "group")}
+
+
+def test_a_default_budget_is_named_where_it_varies_and_is_read() -> None:
+    written: list[Any] = [
+        {},
+        {"int8": {}},
+        {"sliding_window": {"window": 64}},
+        {"h2o": {}},
+        {"h2o": {}, "uniform": {"share": 0.5}},
+    ]
+    methods = [with_its_budget(resolve(one).to_dict()) for one in written]
+    assert [method_text(one, varying_parameters(methods)) for one in methods] == [
+        "",
+        "int8",
+        "sliding_window(window=64)",
+        "uniform(share=0.2) + h2o",
+        "uniform(share=0.5) + h2o",
+    ]
+    assert method_text(methods[3]) == "h2o"
+    unknown = {"eviction": {"of_another_version": {"rows": 3}}}
+    assert method_text(with_its_budget(unknown)) == "of_another_version(rows=3)"
