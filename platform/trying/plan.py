@@ -63,6 +63,7 @@ class Plan:
                 "batch": [asked.batch],
             }
             lines += _job(SPEED, "benchmark", self.speed, timed, self._resources(None))
+        lines.append(f"report: {{baseline: {MODEL}, pareto: [kl, kv_bytes_per_token]}}")
         return "\n".join(lines) + "\n"
 
     def _evaluated(self) -> dict[str, Any]:

@@ -76,8 +76,9 @@ def footnotes(sheet: Sheet) -> Iterator[str]:
     """What a reader must know before believing a number."""
     asked = sheet.asked
     yield (
-        f"★ nearest to the full cache within its budget; ≈ not distinguished from it (95 % "
-        f"interval of paired differences over {asked.sequences} prompts). KL in nats a position."
+        "★ nearest to the full cache within its budget, or at most a tenth above it; ≈ not "
+        "distinguished from it (95 % interval of paired differences over "
+        f"{asked.sequences} prompts). KL in nats a position."
     )
     yield (
         f"sequences: of {asked.length} tokens that {bytes_text(sheet.memory)} hold beside "

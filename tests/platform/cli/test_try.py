@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvlab.db.states import JobState
+from kvlab.db.store import Store
 from kvlab.methods.build import build
 from kvlab.methods.decoder.config import DecoderConfig, llama
 from kvlab.methods.decoder.huggingface.writer import write_checkpoint
 from kvlab.methods.registry import resolve
 from kvlab.platform.cli.main import main
+from kvlab.platform.home import Home
 
 
 @pytest.fixture
@@ -86,3 +91,40 @@ def test_a_checkpoint_of_unknown_maths(folder: Path, refused: Callable[..., str]
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "logit_softcap": 30.0}))
     assert "not supported: 'logit_softcap'" in refused(folder)
+
+
+def test_it_answers_once_and_what_it_ran_can_be_run_again(folder: Path, tmp_path: Path) -> None:
+    """As a new user would: an answer, the same command again, and the YAML by itself."""
+    environment = {**os.environ, "KVLAB_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+
+    def kvlab(*arguments: str) -> str:
+        begin = "from kvlab.platform.cli.main import main; main()"
+        done = subprocess.run(
+            [sys.executable, "-c", begin, *arguments, "--cpus", "1", "--no-mlflow", "--json"],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()[-1]
+
+    asked = ("try", str(folder), "--device", "cpu", "--quick", "--budget", "50%", "--batch", "1")
+    asked += ("--prompt", "32", "--generate", "4", "--sequences", "2", "--methods", "h2o,int8")
+    first = json.loads(kvlab(*asked))
+    points = {point["label"]: point for point in first["points"]}
+    assert list(points) == ["full cache", "int8", "h2o"]
+    assert points["full cache"]["divergence"]["kl"] == 0
+    assert points["h2o"]["mark"] == "best"
+    assert all(point["speed"] is not None for point in points.values())
+    assert not any(point["predicted"] or point["failed"] for point in points.values())
+    assert points["h2o"]["kv_bytes"] < points["full cache"]["kv_bytes"]
+    assert json.loads(kvlab(*asked)) == first
+
+    again = json.loads(kvlab("run", first["yaml"]))
+    with Store.open(Home.find(tmp_path / "home").url, read_only=True) as store:
+        jobs = store.load(again["workflow"]).jobs
+    assert {job.state for job in jobs} == {JobState.DONE}
+    scored = [job for job in jobs if job.kind != "benchmark"]
+    assert len(scored) == 5
+    assert all(job.reused_from is not None for job in scored)
