@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from kvlab.kernels.attention import CAUSAL, EMPTY, Rule, attend
-from kvlab.methods.axis import TRAIN_TIME, Choice, Method, MethodError
-from kvlab.methods.budget.amount import Amount
+from kvlab.methods.axis import Method
 from kvlab.methods.cache.interface import Cache, Step
 from kvlab.methods.cache.opening import open_cache
 from kvlab.methods.decoder.huggingface import transformers_decoder
 from kvlab.methods.decoder.huggingface.transformers_decoder import Host, HostError, host, rotate
-from kvlab.methods.registry import build_params, refuse_misfits, resolve
+from kvlab.methods.decoder.huggingface.transformers_method import method_of, refuse_short
 
 ATTENTION = "kvlab"
 """The name of our attention in transformers' `AttentionInterface`."""
@@ -52,7 +51,7 @@ def kv_cache(
 
     transformers.AttentionInterface.register(ATTENTION, _attention)
     parts = host(model)
-    return _kind()(parts, _method(apply, budget, parts), new_tokens)  # type: ignore[no-any-return]
+    return _kind()(parts, method_of(apply, budget, parts.sizes), new_tokens)  # type: ignore[no-any-return]
 
 
 @cache
@@ -192,7 +191,9 @@ class KVCache:
             self._cache = self._open(batch, count)
         elif count > 1:
             self._cache.reserve(count)
-        if self._cache.plan(Step(count, ids, positions)) is not None:
+        with _lasting():
+            extra = self._cache.plan(Step(count, ids, positions))
+        if extra is not None:
             raise HostError(f"'{self.method.label}' adds rows to a pass, which a model cannot take")
         self._pass = _Pass(self._cache, self._host, positions, rows)
         kwargs = kwargs | {
@@ -235,13 +236,15 @@ class KVCache:
         self._host.config._attn_implementation = self._own
         self._before = self._mass = None
         if output is not None:  # None: the pass broke off
-            done.cache.finish()
+            with _lasting():
+                done.cache.finish()
             self._seen += done.rows
             self._next = (done.places[:, -1:] + 1).expand(done.batch, 1)
 
     def _open(self, batch: int, prompt: int) -> Cache:
+        refuse_short(self.method, prompt)
         table = self._host.embedding
-        with torch.inference_mode(False):  # a later pass may write outside of it
+        with _lasting():
             return open_cache(
                 self._host.sizes, self.method, batch=batch, tokens=prompt + self._new_tokens,
                 device=table.device, dtype=table.dtype,
@@ -354,31 +357,11 @@ def _attention(
     return kvlab_cache.attend(module.layer_idx, query), None
 
 
-def _method(
-    apply: str | Mapping[str, Any] | Method, budget: float | int | None, parts: Host
-) -> Method:
-    """The method with its budget, refused where it does not go with the model."""
-    method = apply if isinstance(apply, Method) else resolve(apply)
-    if budget is not None:
-        method = _with_budget(method, budget)
-    for axis, choice in method.choices.items():
-        if axis in (*TRAIN_TIME, "prefill") and not choice.is_default:
-            raise MethodError(f"{choice.value.name}: not a choice of the cache: take it out")
-        for problem in choice.value.check(choice.params, parts.sizes) if choice.value.check else ():
-            raise MethodError(f"{choice.value.name}: {problem}")
-    refuse_misfits(method, parts.sizes)
-    return method
-
-
-def _with_budget(method: Method, budget: float | int) -> Method:
-    choice, eviction = method.choices.get("budget"), method["eviction"].value
-    if choice is None or "budget" not in eviction.consumes:
-        raise MethodError(f"budget: '{eviction.name}' does not read the budget axis: leave it out")
-    name = "tokens" if isinstance(budget, int) else "share"
-    if not isinstance(choice.params, Amount):
-        raise MethodError(f"budget: '{choice.value.name}' is not of one amount: say it in `apply`")
-    params = build_params(choice.value.params, asdict(choice.params) | {name: budget})
-    return Method(method.label, {**method.choices, "budget": Choice(choice.value, params)})
+@contextmanager
+def _lasting() -> Iterator[None]:
+    """What is made in here may be written to in later passes, in inference mode or out of it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _weak(method: Callable[..., Any]) -> Callable[..., Any]:

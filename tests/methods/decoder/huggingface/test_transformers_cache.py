@@ -262,6 +262,23 @@ def test_two_caches_of_one_model_take_turns(llama: Any) -> None:
                 torch.testing.assert_close(found, alone[max(0, place - 13)])
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_cache_begun_in_inference_mode_goes_on_out_of_it(
+    llama: Any, tmp_path: Path, name: str
+) -> None:
+    cache = kv_cache(llama, METHODS[name])
+    found = []
+    for place, count, mode in ((0, 14, True), (14, 1, False), (15, 4, True), (19, 1, False)):
+        with torch.inference_mode(mode), torch.no_grad():
+            some = TEXT[:, place : place + count]
+            found.append(llama(some, past_key_values=cache).logits[:, -1])
+    session = load(tmp_path).start(TEXT[:, :14], new_tokens=9, apply=resolve(METHODS[name]))
+    expected = [session.logits, session.step(TEXT[:, 14]), session.extend(TEXT[:, 15:19])]
+    close = 2e-2 if "kivi" in METHODS[name] else 1e-4
+    for mine, theirs in zip(found, [*expected, session.step(TEXT[:, 19])], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=close, atol=close)
+
+
 def test_a_cache_nobody_holds_is_freed(llama: Any) -> None:
     cache = kv_cache(llama)
     generated(llama, past_key_values=cache)
@@ -328,6 +345,9 @@ def refusals(model: Any) -> dict[str, Callable[[], Any]]:
         "cla: not a choice of the cache": lambda: kv_cache(model, "cla"),
         "does not read the budget axis": lambda: kv_cache(model, budget=0.5),
         "tokens: h2o keeps at least 2 rows": lambda: kv_cache(model, "h2o", budget=1),
+        "share: 0.2 of a prompt of 14 tokens is 2; streaming_llm keeps at least 5": lambda: read(
+            TEXT[:, :14], kv_cache(model, "streaming_llm", budget=0.2)
+        ),
         "share: must be float from 0.0001 to 1.0, found 20.0": lambda: kv_cache(
             model, "h2o", budget=20.0
         ),
