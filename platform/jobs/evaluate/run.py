@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from kvlab.methods.axis import Method
 from kvlab.methods.registry import from_dict
 from kvlab.methods.store import load
 from kvlab.platform.data import corpus
@@ -41,26 +42,38 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
     device = environment.prepare(context, spec["seed"])
     dtype = torch_dtype(spec["dtype"], device)
     model = load(context.inputs["of"], device=str(device), dtype=dtype).eval()
-    method, metrics = from_dict(spec["apply"]), set(spec["metrics"])
-    if spec.get("budgets"):
-        from kvlab.platform.jobs.calibrate.fixed import calibrated
-
-        method = calibrated(method, context.inputs["budgets"])
+    metrics, span = set(spec["metrics"]), model.method.span()
     result: dict[str, Any] = {}
     if metrics & {*OF_WINDOWS, "divergence"}:
         windows = _windows(spec, context, model.config.vocab_size)
         if metrics & OF_WINDOWS:
+            method = _method(spec, context, spec["sequence_length"] // span)
             result |= perplexity.measure(model, windows, method, spec, device, context)
         if "divergence" in metrics:
             asked, size = spec["divergence"], spec["batch_size"]
+            method = _method(spec, context, -(-asked["prompt"] // span))
             found = divergence.measure(model, windows, method, asked, size, device, context)
             result["divergence"] = found
     if metrics & recall.WAYS.keys():
         data, asked = context.inputs["data"], spec["recall"]
-        size = spec["batch_size"]
+        size, method = spec["batch_size"], _method(spec, context, None)
         result |= recall.measure(model, data, method, asked, spec["metrics"], size, device, context)
     measured = environment.capture(context, dtype=str(dtype).removeprefix("torch."))
     return {**result, "environment": measured}
+
+
+def _method(spec: Mapping[str, Any], context: Context, rows: int | None) -> Method:
+    """The run-time axes; budgets of a calibrate job are divided for prompts of so many rows.
+
+    Args:
+        rows: None: prompts differ in length, and each layer keeps its share of each.
+    """
+    method = from_dict(spec["apply"])
+    if not spec.get("budgets"):
+        return method
+    from kvlab.platform.jobs.calibrate.fixed import calibrated
+
+    return calibrated(method, context.inputs["budgets"], rows)
 
 
 def _windows(spec: Mapping[str, Any], context: Context, known: int) -> Windows:

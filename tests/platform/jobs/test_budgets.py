@@ -100,11 +100,12 @@ def test_scores_are_those_of_the_budgets_written_by_hand(ran: dict[str, Any]) ->
         for folder, result, cell in of(ran, job):
             inputs = {role: ran[parent][0] for role, parent in cell.parents.items()}
             shares = ran[cell.parents["budgets"]][1]["budgets"]["shares"]
-            if job == "scored":
-                budget = {"shares": [0.3 * share for share in shares]}
-            else:
-                budget = {"tokens": list(rows(from_dict(cell.spec["apply"]), inputs))}
-            written = resolve({"h2o": {}, "per_layer": budget}).to_dict()
+            # 0.3 of a window of 32 rows; 5 of 16 blocks.
+            each = 9 if job == "scored" else 5
+            divided = list(rows(from_dict(cell.spec["apply"]), inputs, 32))
+            assert sum(divided) == each * len(shares)
+            assert divided == pytest.approx([each * share for share in shares], abs=2)
+            written = resolve({"h2o": {}, "per_layer": {"tokens": divided}}).to_dict()
             spec = {**cell.spec, "apply": written}
             del spec["budgets"], inputs["budgets"]
             by_hand = run_cell("evaluate", spec, inputs, folder)
@@ -114,8 +115,27 @@ def test_scores_are_those_of_the_budgets_written_by_hand(ran: dict[str, Any]) ->
             assert uniform["loss"] != result["loss"]
 
 
-def rows(method: Any, inputs: dict[str, Path]) -> tuple[int, ...]:
-    return tuple(calibrated(method, inputs["budgets"])["budget"].params.tokens)
+def rows(method: Any, inputs: dict[str, Path], prompt: int | None = None) -> tuple[int, ...]:
+    return tuple(calibrated(method, inputs["budgets"], prompt)["budget"].params.tokens)
+
+
+def test_a_divergence_keeps_as_many_rows_as_the_uniform_budget(
+    ran: dict[str, Any], tmp_path: Path
+) -> None:
+    """Also where the share of a layer that is cut is less than its eviction needs."""
+    _, _, cell = of(ran, "scored")[0]
+    inputs = {role: ran[parent][0] for role, parent in cell.parents.items()}
+    apply = resolve({"streaming_llm": {"sinks": 3}, "uniform": {"share": 0.3}}).to_dict()
+    asked = {"prompt": 20, "generate": 2}
+    spec = {**cell.spec, "metrics": ["divergence"], "divergence": asked, "apply": apply}
+    found = run_cell("evaluate", spec, inputs, tmp_path)["divergence"]
+    divided = list(rows(from_dict(apply), inputs, 20))
+    assert sum(divided) == 6 * len(divided)
+    assert min(divided) == 4
+    written = resolve({"streaming_llm": {"sinks": 3}, "per_layer": {"tokens": divided}}).to_dict()
+    del inputs["budgets"]
+    plain = {**{k: v for k, v in spec.items() if k != "budgets"}, "apply": written}
+    assert run_cell("evaluate", plain, inputs, tmp_path)["divergence"] == found
 
 
 def test_a_benchmark_holds_as_many_bytes_as_the_uniform_budget(ran: dict[str, Any]) -> None:
