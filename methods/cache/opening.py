@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from kvlab import KvlabError
-from kvlab.methods.axis import Method
-from kvlab.methods.budget.amount import least_rows
+from kvlab.methods.axis import Method, MethodError
+from kvlab.methods.budget.amount import fixed, least_rows
 from kvlab.methods.budget.budget import Budget
 from kvlab.methods.cache.interface import Cache
 from kvlab.methods.cache.storage import PlainStorage, Space, Storage
 from kvlab.methods.decoder.config import DecoderConfig
+from kvlab.methods.decoder.segments import runs_by_row
 from kvlab.methods.prefill.params import prefill_of
 from kvlab.methods.registry import refuse_misfits, refuse_unread, resolve
 
@@ -126,12 +127,38 @@ def open_cache(
         tokens: positions of a sequence at most, padding included (blocks for a block decoder).
 
     Raises:
-        MethodError: a choice on an axis that the eviction value does not read.
+        MethodError: a choice on an axis that the eviction value does not read, or one that a
+            decoder which takes row after row cannot have.
     """
     method = apply or resolve({})
     refuse_unread(method)
     refuse_misfits(method, config)
+    if runs_by_row(config, prefill_of(method).passes):
+        _refuse_prompts(method)
     return _eviction(method).open(Opening(config, method, batch, tokens, device, dtype))
+
+
+def _refuse_prompts(method: Method) -> None:
+    """Refuse what is decided over a prompt, where its rows come one by one: the first is all of it.
+
+    Raises:
+        MethodError: in one line.
+    """
+    eviction, budget = method["eviction"], method["budget"]
+    if "budget" not in eviction.value.consumes or not least_rows(method):
+        return
+    needs = None
+    if eviction.value.grows is not None and eviction.value.grows(eviction.params):
+        needs = f"{eviction.value.name} cuts a prompt"
+    elif budget.value.observes_all:
+        needs = f"{budget.value.name} measures a prompt"
+    elif fixed(method, 1)["budget"].params != budget.params:
+        needs = f"a share in {budget.value.name} is of a prompt"
+    if needs:
+        raise MethodError(
+            f"{needs}, and this model reads one row after another (sequential): give a budget in "
+            "tokens with an eviction that goes on, or 'prefill' with passes"
+        )
 
 
 def one_pass_cache(config: DecoderConfig, apply: Method | None) -> Cache | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kvlab import KvlabError
+from kvlab.methods.axis import MethodError
 from kvlab.methods.decoder.generation import left_pad
 from kvlab.methods.decoder.language_model import TokenModel
 from kvlab.methods.registry import resolve
@@ -158,3 +159,29 @@ def test_scoring_reads_what_a_live_cache_would_keep(
             twin.exact(TEXT[0])[:-1], TEXT[0, 1:], reduction="none"
         )
     torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("written", "error"),
+    [
+        ({"h2o": {}}, "a share in uniform is of a prompt"),
+        ({"streaming_llm": {}, "pyramidkv": {}}, "a share in pyramidkv is of a prompt"),
+        ({"snapkv": {"window": 2}, "uniform": {"tokens": 8}}, "snapkv cuts a prompt"),
+        ({"h2o": {}, "squeeze_attention": {"tokens": 8}}, "squeeze_attention measures a prompt"),
+        ({"h2o": {}, "uniform": {"tokens": 8}}, None),
+        ({"sliding_window": {"window": 5}}, None),
+        ({"full_attention": {}}, None),
+    ],
+)
+def test_where_rows_come_one_by_one_no_prompt_is_cut(
+    shared: Make, ids: Ids, written: dict[str, Any], error: str | None
+) -> None:
+    model = shared("llama", (0, 4, 4, 4, 4, 5), sequential=True)
+    text = ids(1, 12)
+    if error is None:
+        model.start(text, new_tokens=1, apply=resolve(written))
+    else:
+        with pytest.raises(MethodError, match=error) as raised:
+            model.start(text, new_tokens=1, apply=resolve(written))
+        assert "\n" not in str(raised.value)
+    model.start(text, new_tokens=1, apply=resolve({**written, "prefill": {"passes": 3}}))
