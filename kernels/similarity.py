@@ -1,4 +1,4 @@
-"""Cosine of two residual streams, row by row, read once and without a copy of either."""
+"""Cosine of two residual streams, a few rows at a time: neither is ever copied as a whole."""
 
 from __future__ import annotations
 

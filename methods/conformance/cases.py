@@ -24,8 +24,10 @@ DECODERS: dict[str, dict[str, Any]] = {
     "gqa": llama(32, 2, 4, 2, 48, qk_norm=True),
     "windows": llama(32, 3, 4, 2, 48, windows=(9, None, 9)),
     "shared": llama(32, 3, 4, 2, 48, sharing=Sharing((0, 1, 1))),
+    "upward": llama(32, 3, 4, 2, 48, sharing=Sharing((0, 2, 2))),
 }
-"""One key head for each query head; groups; windows of the model's own; shared KV layers."""
+"""One key head for each query head; groups; windows of the model's own; shared KV layers, read from
+above them, and from below."""
 WIDE = llama(32, 2, 4, 4, 16, head_dim=128)
 """Rows so wide that tables beside them count for little."""
 LONGEST = 256
