@@ -10,6 +10,7 @@ from kvlab.methods.budget.pyramidkv import params as pyramidkv
 from kvlab.methods.budget.squeeze_attention import params as squeeze_attention
 from kvlab.methods.budget.uniform import params as uniform
 from kvlab.methods.decoder import token
+from kvlab.methods.eviction.adore import params as adore
 from kvlab.methods.eviction.full import params as full
 from kvlab.methods.eviction.h2o import params as h2o
 from kvlab.methods.eviction.observed_attention import params as observed_attention
@@ -32,6 +33,7 @@ ENTRIES: tuple[Value | Preset, ...] = (
     h2o.ENTRY,
     snapkv.ENTRY,
     observed_attention.ENTRY,
+    adore.ENTRY,
     uniform.ENTRY,
     squeeze_attention.ENTRY,
     pyramidkv.ENTRY,

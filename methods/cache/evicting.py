@@ -69,6 +69,7 @@ class EvictingCache(Cache):
             config.sharing.strict or any(kv > i for i, kv in enumerate(config.kv_of))
         )
         self._masked = strict or config.windows is not None or reads is not None
+        self._waits = self._budget.importance is not None
         self._tables: list[Table] = []
         self._table: dict[int, Table] = {}
         self._storage: dict[int, Storage] = {}
@@ -83,7 +84,7 @@ class EvictingCache(Cache):
     def rule(self, layer: int, own: Rule) -> Rule:
         return own if self._reads is None else self._reads.rule(layer, own)
 
-    def reserve(self, rows: int) -> None:
+    def reserve(self, rows: int | Tensor) -> None:
         if not self._ranking.by_turn or not self._seen:
             return
         least = self._opening.least() - 1
@@ -240,7 +241,7 @@ class EvictingCache(Cache):
             self._lengths = (step.positions != EMPTY).sum(1).cpu()
             newest = step.positions.amax(1)
         self._newest = newest[:, None, None]
-        if self._budget.importance is None:
+        if not self._waits:
             self._build(self._budget.rows(self._evidence()))
 
     def _evidence(self) -> Evidence:

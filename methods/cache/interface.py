@@ -17,12 +17,13 @@ class Step(NamedTuple):
 
     rows: T, of them per sequence. ids [B, T] (None where the rows are embeddings: block
     granularity), positions [B, T] (EMPTY on padding). `positions` None states packed rows 0..T-1
-    without padding.
+    without padding. embedded [B, T, W]: the residual stream that the rows enter with.
     """
 
     rows: int
     ids: Tensor | None
     positions: Tensor | None
+    embedded: Tensor | None = None
 
 
 class Extra(NamedTuple):
@@ -73,8 +74,11 @@ class Cache(ABC):
     rotates: bool = False
     observes_all: bool = False
 
-    def reserve(self, rows: int) -> None:  # noqa: B027
-        """Hear that a turn of so many rows begins, its answer included (StreamingLLM's turns)."""
+    def reserve(self, rows: int | Tensor) -> None:  # noqa: B027
+        """Hear that a turn of so many rows begins, its answer included (StreamingLLM's turns).
+
+        Args: rows: padding excluded; [B] where the sequences of the batch differ.
+        """
 
     def plan(self, step: Step) -> Extra | None:
         """Return query rows to run beside the caller's, or None."""

@@ -155,14 +155,17 @@ class DecoderCost(Cost):
         return flops + self._voting_flops(prompt, windows) + self.head_flops()
 
     def decode_flops(self, context: int, prompt: int | None = None) -> float:
-        attention = self.attention_flops(sum(self.reads(context, prompt)))
-        return self.linear_flops() + attention + self.head_flops()
+        beside = self._says("beside", default=0.0)
+        reads = sum(self.reads(context, prompt)) + beside * self.config.layers
+        body = self.linear_flops() + self.attention_flops(reads)
+        own = self._says("step_flops", context, default=0.0)
+        return (1 + beside) * body + own + self.head_flops()
 
     def kv_bytes(self, tokens: int, itemsize: int, prompt: int | None = None) -> int:
         rows = self.rows(tokens, prompt).values()
-        says = _optional(self._eviction, "slot_bytes")
-        known = 0 if says is None else says(self.config, self.method) * self._row.kv_heads
-        return round(self._held_bytes(rows, itemsize) + known * sum(rows))
+        known = self._says("slot_bytes", default=0.0) * self._row.kv_heads * sum(rows)
+        logged = self._says("logged_bytes", tokens, itemsize, default=0.0)
+        return round(self._held_bytes(rows, itemsize) + known + logged)
 
     def kv_bytes_read_per_token(
         self, context: int, itemsize: int, prompt: int | None = None
@@ -171,6 +174,11 @@ class DecoderCost(Cost):
 
     def first_target(self) -> int:
         return 1
+
+    def _says(self, name: str, *sizes: int, default: float) -> float:
+        """What a function that the eviction's cost module may have says."""
+        says = _optional(self._eviction, name)
+        return default if says is None else says(self.config, self.method, *sizes)
 
     def _held_bytes(self, rows: Iterable[float], itemsize: int) -> float:
         """Bytes of KV layers of so many rows each."""

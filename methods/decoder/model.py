@@ -82,7 +82,7 @@ class Decoder(nn.Module):
         rows = hidden.shape[1]
         if rows > 1 and runs_by_row(self.config, passes):
             return self._row_by_row(hidden, positions, cache, ids)
-        extra = cache.plan(Step(rows, ids, positions))
+        extra = cache.plan(Step(rows, ids, positions, hidden))
         if extra is not None:
             positions = self._places(hidden, positions)
             hidden = torch.cat((hidden, self.embed(extra.ids)), dim=1)

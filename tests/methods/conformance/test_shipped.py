@@ -18,6 +18,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "sliding_window": {"window": 10},
     "snapkv": {"window": 4},
     "kivi": {"group": 8, "residual": 8},
+    "adore": {"scores": "rule"},
 }
 """Parameters at which a short text already shows what a method does."""
 MORE: list[dict[str, Any]] = [
@@ -34,6 +35,8 @@ MORE: list[dict[str, Any]] = [
     {"h2o": {}, "kivi": {"bits": 2, "group": 8, "residual": 16}},
     {"h2o": {}, "squeeze_attention": {}, "kivi": {"group": 8, "residual": 8}},
     {"snapkv": {"window": 4}, "pyramidkv": {}, "int8": {}},
+    {"adore": {"scores": "rule", "readmit": True}, "squeeze_attention": {}, "int8": {}},
+    {"adore": {"scores": "rule", "every": 2, "refresh": 3}, "kivi": {"group": 8, "residual": 8}},
     {"streaming_llm": {}, "squeeze_attention": {"importance": "mass"}, "fp8": {}},
 ]
 """What defaults alone do not reach, and some of three axes."""

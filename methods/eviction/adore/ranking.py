@@ -1,0 +1,69 @@
+"""ADORE as a ranking: the scores of now, but for the newest rows."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvlab import KvlabError
+from kvlab.methods.cache.interface import Cache
+from kvlab.methods.cache.opening import Opening
+from kvlab.methods.cache.ranking import Ranking, Rows
+from kvlab.methods.eviction.adore.controller import Controller, load
+from kvlab.methods.eviction.adore.params import AdoreParams
+from kvlab.methods.eviction.adore.scores import ControllerScores, MassScores, Scores
+
+
+class Adore(Ranking):
+    """score(j) = what `Scores` says of j for the current token; the newest `recent` rows stay.
+
+    One selection for all layers: where their budgets differ, a smaller one holds the best of a
+    larger one.
+    """
+
+    params: AdoreParams
+    known: Tensor
+    """[B, rows + 1] float32, the scores that count now, by position; `AdoreCache` fills them in."""
+
+    def open(self, opening: Opening) -> Cache:
+        from kvlab.methods.eviction.adore.cache import AdoreCache
+
+        return AdoreCache(self, opening, self.scores(opening))
+
+    def scores(self, opening: Opening) -> Scores:
+        """Return who scores, as the params say.
+
+        Raises:
+            KvlabError: no controller, or one of another model.
+        """
+        batch, rows, device = opening.batch, opening.rows, opening.device
+        if self.params.scores == "rule":
+            return MassScores(batch, rows, device)
+        if not self.params.controller:
+            raise KvlabError(
+                "adore: needs a trained controller: name the job that trains one (controller: JOB "
+                "beside apply), or choose scores: rule, which needs none"
+            )
+        controller = _loaded(self.params.controller, str(device))
+        own, other = opening.config, controller.config
+        if (own.vocab_size, own.width) != (other.vocab_size, other.width):
+            raise KvlabError(
+                f"{self.params.controller}: this controller was trained on a model with "
+                f"vocab_size {other.vocab_size} and width {other.width}, "
+                f"this one has {own.vocab_size} and {own.width}"
+            )
+        return ControllerScores(controller, batch, rows, device, opening.dtype)
+
+    def rank(self, rows: Rows) -> Tensor:
+        place = rows.positions.clamp_min(0)
+        known = self.known.unsqueeze(1).expand(*place.shape[:-1], -1)
+        old = rows.positions <= rows.newest - self.params.recent
+        return torch.where(old, known.gather(-1, place), float("inf"))
+
+
+@lru_cache(maxsize=4)
+def _loaded(folder: str, device: str) -> Controller:
+    return load(Path(folder), torch.device(device))

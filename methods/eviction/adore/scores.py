@@ -1,0 +1,145 @@
+"""Who tells how much each token so far matters to the current one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvlab.methods.eviction.adore.controller import Controller, Memory
+
+
+class Fresh(NamedTuple):
+    """Tokens that came in one pass, each sample's own first.
+
+    embedded [B, T, W]; positions [B, T], `Scores.rows` (past all others) on padding; counts [B].
+    """
+
+    embedded: Tensor
+    positions: Tensor
+    counts: Tensor
+
+
+class Scores(ABC):
+    """Scores every token that was ever seen, held or released. A token is known by its position.
+
+    Attributes:
+        rows: positions that there may be; one more takes what is padding.
+        wants_mass: `credit` is to be called.
+    """
+
+    wants_mass = False
+
+    def __init__(self, batch: int, rows: int, device: torch.device) -> None:
+        self.rows, self.device = rows, device
+
+    @abstractmethod
+    def see(self, fresh: Fresh) -> None:
+        """Take in tokens; the last of each sample is now the current one."""
+
+    def credit(self, mass: Tensor, positions: Tensor) -> None:  # noqa: B027
+        """Hear the attention [B, S] that tokens at positions [B, S] received in a layer."""
+
+    @abstractmethod
+    def every(self, count: int, newest: Tensor) -> Tensor:
+        """Score the first `count` positions for the current token.
+
+        Args: newest: [B, 1], its position.
+
+        Returns: [B, count] float32: more matters more; what was never seen means nothing.
+        """
+
+    @abstractmethod
+    def of(self, positions: Tensor, newest: Tensor) -> Tensor:
+        """Score tokens at positions [B, S], up to `rows`, for the current one: [B, S] float32."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """What a saved cache keeps of it: the live tensors."""
+
+    def shared_bytes(self) -> int:
+        """Bytes that do not grow with the batch: weights."""
+        return 0
+
+
+class ControllerScores(Scores):
+    """A trained controller's; it keeps a few numbers of every token, and one state.
+
+    Args: dtype: of what is kept.
+    """
+
+    def __init__(
+        self,
+        controller: Controller,
+        batch: int,
+        rows: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(batch, rows, device)
+        c = controller.config
+        self._controller = controller
+        self._state = torch.zeros(batch, c.hidden, device=device)
+        self._key = torch.zeros(batch, rows + 1, c.hidden, device=device, dtype=dtype)
+        self._address = torch.zeros(batch, rows + 1, c.match, device=device, dtype=dtype)
+
+    def see(self, fresh: Fresh) -> None:
+        z = self._controller.states(fresh.embedded, self._state)
+        memory = self._controller.remember(z)
+        for kept, came in zip((self._key, self._address), memory, strict=True):
+            place = fresh.positions.unsqueeze(-1).expand_as(came)
+            kept.scatter_(1, place, came.to(kept.dtype))
+        last = (fresh.counts - 1).clamp_min(0)[:, None, None].expand(-1, 1, z.shape[-1])
+        any_came = (fresh.counts > 0).unsqueeze(-1)
+        self._state.copy_(torch.where(any_came, z.gather(1, last)[:, 0], self._state))
+
+    def every(self, count: int, newest: Tensor) -> Tensor:
+        places = torch.arange(count, device=self.device).unsqueeze(0)
+        return self._score(Memory(self._key[:, :count], self._address[:, :count]), places, newest)
+
+    def of(self, positions: Tensor, newest: Tensor) -> Tensor:
+        memory = Memory(_at(self._key, positions), _at(self._address, positions))
+        return self._score(memory, positions, newest)
+
+    def _score(self, memory: Memory, positions: Tensor, newest: Tensor) -> Tensor:
+        memory = Memory(memory.key.float(), memory.address.float())
+        z = self._state.unsqueeze(1)
+        return self._controller.logits(memory, z, positions, newest)[:, 0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"state": self._state, "key": self._key, "address": self._address}
+
+    def shared_bytes(self) -> int:
+        return self._controller.nbytes()
+
+
+class MassScores(Scores):
+    """H2O's score, of all layers and heads together: the attention received so far."""
+
+    wants_mass = True
+
+    def __init__(self, batch: int, rows: int, device: torch.device) -> None:
+        super().__init__(batch, rows, device)
+        self._mass = torch.zeros(batch, rows + 1, device=device)
+
+    def see(self, fresh: Fresh) -> None:
+        """It knows no token before it was read."""
+
+    def credit(self, mass: Tensor, positions: Tensor) -> None:
+        self._mass.scatter_add_(1, torch.where(positions < 0, self.rows, positions), mass)
+
+    def every(self, count: int, newest: Tensor) -> Tensor:
+        return self._mass[:, :count]
+
+    def of(self, positions: Tensor, newest: Tensor) -> Tensor:
+        return self._mass.gather(1, positions)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"mass": self._mass}
+
+
+def _at(kept: Tensor, positions: Tensor) -> Tensor:
+    """Gather [B, rows, D] at positions [B, S]."""
+    return kept.gather(1, positions.unsqueeze(-1).expand(-1, -1, kept.shape[-1]))
