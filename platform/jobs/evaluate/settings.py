@@ -11,6 +11,7 @@ from kvlab.methods.axis import Method
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.registry import resolve
 from kvlab.platform.jobs.calibrate import budgets
+from kvlab.platform.jobs.cost import OF_QUESTIONS, OF_WINDOWS
 from kvlab.platform.jobs.dtype import Dtype, dtype_of
 from kvlab.platform.jobs.kind import Kind, Parent, Prediction, References, Settings, Surroundings
 from kvlab.platform.jobs.method import MethodField, axis_sources, canonical, compatible, short_of
@@ -142,7 +143,7 @@ class Evaluate(Kind):
 
 def asks(settings: EvaluateSettings) -> bool:
     """Whether it asks questions."""
-    return not {"recall", "multi_turn"}.isdisjoint(settings.metrics)
+    return not OF_QUESTIONS.isdisjoint(settings.metrics)
 
 
 def _recall(settings: EvaluateSettings, length: int) -> RecallSettings:
@@ -152,8 +153,8 @@ def _recall(settings: EvaluateSettings, length: int) -> RecallSettings:
 
 
 def _shortest(settings: EvaluateSettings, length: int) -> int:
-    """The least text that a budget's share is of: a window, a prompt or a question."""
-    texts = [length]
+    """The least text that a budget's share is of: a window, a prompt or a context."""
+    texts = [] if OF_WINDOWS.isdisjoint(settings.metrics) else [length]
     if "divergence" in settings.metrics:
         texts.append(settings.prompt or length // 2)
     if asks(settings):

@@ -337,3 +337,20 @@ def test_budgets_of_a_model_of_other_layers_are_refused(jobs: Any) -> None:
     )
     with pytest.raises(WorkflowError, match=r"has budgets for 4 layers .* has 2"):
         load_graph(text)
+
+
+@pytest.mark.parametrize("metric", ["recall", "multi_turn", "divergence", "perplexity"])
+def test_a_share_is_of_the_texts_that_are_read(jobs: Any, metric: str) -> None:
+    """4 rows of a window are too few for the sinks, 32 of a question's context are not."""
+    asks = metric in ("recall", "multi_turn")
+    text = jobs(
+        "  base: {train: {method: full_attention, tokens: 1k}}\n"
+        f"  x: {{evaluate: {{of: base, metrics: [{metric}], "
+        f"{'recall: {lengths: [512]}, ' if asks else ''}"
+        "apply: {streaming_llm: {}, uniform: {share: 0.0625}}}}\n"
+    )
+    if asks:
+        assert len(load_graph(text).cells) == 3
+    else:
+        with pytest.raises(WorkflowError, match="streaming_llm keeps at least 5"):
+            load_graph(text)
