@@ -238,12 +238,13 @@ class Table:
         self.high = int(last.max())
         self.count = counts[0].amax(1, keepdim=True).unsqueeze(-1)
 
-    def make_room(self, rows: int, least: int, newest: Tensor) -> None:
-        """Free slots until so many rows fit the budget; at least `least` stay."""
+    def make_room(self, rows: int | Tensor, least: int, newest: Tensor) -> None:
+        """Free slots until so many rows (or [B]) fit the budget; at least `least` stay."""
         ranks = self.ranks(self.positions, self.scores, newest, None)
         order = ranks.argsort(dim=-1, descending=True, stable=True)
         rank = torch.empty_like(order)
         rank.scatter_(-1, order, torch.arange(self.capacity, device=rank.device).expand_as(rank))
+        rows = rows.view(-1, 1, 1) if isinstance(rows, Tensor) else rows
         self.positions.masked_fill_(rank >= (self.budget - rows).clamp_min(least), EMPTY)
 
     def standing(self, layer: int, fresh: Tensor | None) -> tuple[Tensor, Tensor]:

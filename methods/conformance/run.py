@@ -49,7 +49,8 @@ class Run:
         positions = positions_of(valid)
         passes = self._prefill.passes if self.next is None else None
         if self.next is not None:
-            self.cache.reserve(rows + new_tokens)
+            each = rows if valid is None else valid.sum(1)
+            self.cache.reserve(each + new_tokens)
             if positions is None:
                 positions = self.next + torch.arange(rows, device=ids.device)
             else:

@@ -146,12 +146,14 @@ class TokenSession(Session):
         if valid is None:
             positions = self._next + torch.arange(rows, device=ids.device)
             given: int | Tensor = batch * rows
+            each: int | Tensor = rows
         else:
             counted = positions_of(valid)
             assert counted is not None
             positions = torch.where(valid, counted + self._next, counted)
-            given = valid.sum()
-        self._cache.reserve(rows + new_tokens)
+            each = valid.sum(1)
+            given = each.sum()
+        self._cache.reserve(each + new_tokens)
         hidden = self._decoder.body(self._decoder.embed(ids), positions, self._cache, ids)
         self._next = positions[:, -1:] + 1
         self._prompt = self._prompt + given

@@ -189,8 +189,8 @@ class KVCache:
             self.batch_select_indices(self._next)
         if self._cache is None:
             self._cache = self._open(batch, count)
-        elif count > 1:
-            self._cache.reserve(count)
+        elif count > 1 and positions is not None:
+            self._cache.reserve((positions != EMPTY).sum(1))
         with _lasting():
             extra = self._cache.plan(Step(count, ids, positions))
         if extra is not None:
