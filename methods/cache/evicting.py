@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,17 +16,8 @@ from kvlab.methods.cache.interface import Cache, Extra, Keys, Step, copy_saved
 from kvlab.methods.cache.opening import Opening, last_reads
 from kvlab.methods.cache.ranking import Ranking
 from kvlab.methods.cache.storage import Storage
-from kvlab.methods.cache.table import Table
+from kvlab.methods.cache.table import Held, Table
 from kvlab.methods.cache.windows import ReadsWindow
-
-
-class _Held(NamedTuple):
-    """Rows [B, H, S] of one KV layer to choose among: see `Keys` and `Rows`."""
-
-    k: Tensor
-    v: Tensor
-    positions: Tensor
-    scores: Tensor | None
 
 
 class EvictingCache(Cache):
@@ -313,10 +303,10 @@ class EvictingCache(Cache):
     def _settle(self, layer: int) -> None:
         """Keep of a prompt's KV layer what its budget allows."""
         k, v = self._by_head(*self._fresh.pop(layer))
-        rows = _Held(k, v, self._positions().unsqueeze(1), self._marks.pop(layer, None))
+        rows = Held(k, v, self._positions().unsqueeze(1), self._marks.pop(layer, None))
         self._install(layer, rows, self._lengths)
 
-    def _install(self, layer: int, rows: _Held, lengths: Tensor) -> None:
+    def _install(self, layer: int, rows: Held, lengths: Tensor) -> None:
         """Copy the best of so many rows [B] (on the CPU) into the layer's own slots."""
         table = self._table[layer]
         chosen = table.choose(rows.positions, rows.scores, self._newest, self._window(table))
@@ -367,13 +357,13 @@ class EvictingCache(Cache):
         for table in self._tables:
             table.recount()
 
-    def _held_rows(self, layer: int) -> _Held:
+    def _held_rows(self, layer: int) -> Held:
         table = self._table[layer]
         scores = table.scores_at(layer)
         if scores is not None:
             scores = scores[..., : table.high]
         k, v = self._storage[layer].get(table.high)
-        return _Held(k, v, table.at(layer)[..., : table.high], scores)
+        return Held(k, v, table.at(layer)[..., : table.high], scores)
 
     def _stepping(self) -> bool:
         return bool(self._seen) and self._step.rows == 1

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvlab.kernels.attention import EMPTY
 from kvlab.methods.cache.ranking import Ranking, Rows
+
+
+class Held(NamedTuple):
+    """Rows [B, H, S] of one KV layer to choose among: see `Keys` and `Rows`."""
+
+    k: Tensor
+    v: Tensor
+    positions: Tensor
+    scores: Tensor | None
 
 
 class Chosen:
