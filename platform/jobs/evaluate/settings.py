@@ -106,6 +106,7 @@ class Evaluate(Kind):
         yield from compatible(settings.apply, config, "apply", trained=made)
         yield from short_of(settings.apply, made, _shortest(settings, length), "apply")
         yield from budgets.problems(settings.apply, around)
+        yield from _uncut(settings)
         span = made.span()
         if length % span or length < 2 * span:
             yield (
@@ -167,6 +168,19 @@ def _first_target(around: Surroundings) -> int:
 
     arms = around.siblings.get("of") or (around.parents["of"],)
     return max(first_target(*lineage(arm)) for arm in arms)
+
+
+def _uncut(settings: EvaluateSettings) -> Iterator[tuple[str, str]]:
+    """A metric without a prompt, of a cache that is cut for a prompt alone: it says nothing."""
+    eviction = settings.apply["eviction"]
+    grows = eviction.value.grows is not None and eviction.value.grows(eviction.params)
+    asked = [metric for metric in settings.metrics if metric in OF_WINDOWS]
+    if grows and asked:
+        yield (
+            "metrics",
+            f"{asked[0]} reads a window from its first token on, and {eviction.value.name} as "
+            "applied keeps all that comes after a prompt: nothing would be cut; ask for divergence",
+        )
 
 
 def _misplaced(settings: EvaluateSettings) -> Iterator[tuple[str, str]]:
