@@ -62,6 +62,8 @@ def attend(
     rule: Rule = CAUSAL,
     mass_rows: slice | None = None,
     mask: Tensor | None = None,
+    *,
+    each: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Scaled dot-product attention, grouped queries included.
 
@@ -79,10 +81,11 @@ def attend(
         mass_rows: also return each key's attention summed over these query rows of T.
         mask: `rule.allows(q_positions, k_positions)` where the caller has it already (layers share
             it); a kernel that masks from positions ignores it.
+        each: return the attention of every one of those rows, not their sum.
 
     Returns:
         out [B, H, T, D_v], zero for a query that may read nothing; and the key mass
-        [B, H, S] in float32, or None.
+        [B, H, S] in float32 ([B, H, rows, S] if `each`), or None.
     """
     rows = q.shape[2]
     packed = q_positions is None and k_positions is None and mask is None
@@ -99,7 +102,7 @@ def attend(
             mask = rule.allows(q_positions, k_positions)
     if mass_rows is None:
         return _attend(q, k, v, mask, causal), None
-    return _attend_seen(q, k, v, mask, causal, range(rows)[mass_rows])
+    return _attend_seen(q, k, v, mask, causal, range(rows)[mass_rows], each)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -137,14 +140,15 @@ def _attend_folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tens
 
 
 def _attend_seen(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, seen: range
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, seen: range, each: bool
 ) -> tuple[Tensor, Tensor]:
     """Attention, and the key mass of the query rows `seen`, a few rows at a time.
 
     Where all rows are seen the output comes from the same probabilities.
     """
     batch, heads, rows, _ = q.shape
-    mass = q.new_zeros(batch, heads, k.shape[2], dtype=torch.float32)
+    shape = (batch, heads, len(seen), k.shape[2]) if each else (batch, heads, k.shape[2])
+    mass = q.new_zeros(shape, dtype=torch.float32)
     parts = []
     at_once = max(1, MOST_SHARES // (batch * heads * k.shape[2]))
     for start in range(seen.start, seen.stop, at_once):
@@ -156,7 +160,10 @@ def _attend_seen(
             allowed = None if mask is None else mask[:, :, part]
         shares = _shares(q[:, :, part], k, allowed, reads=causal)
         by_head = torch.unflatten(shares, 2, (-1, part.stop - part.start))
-        mass += by_head.sum(3).flatten(1, 2)
+        if each:
+            mass[:, :, part.start - seen.start : part.stop - seen.start] = by_head.flatten(1, 2)
+        else:
+            mass += by_head.sum(3).flatten(1, 2)
         if len(seen) == rows:
             out = shares.to(v.dtype) @ v
             parts.append(out.view(batch, heads, -1, v.shape[-1]))

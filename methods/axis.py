@@ -83,6 +83,8 @@ class Value:
         least: eviction only: params -> rows that every layer must keep for it to mean anything;
             None: one. 0: with these params it does not read the budget.
         grows: eviction only: params -> whether all that comes after a prompt stays; None: no.
+        needs: eviction only: params -> the one of them that the folder of another job must still
+            fill in: its name is that job's kind. None: nothing lacks.
         scores: eviction only: it gives past tokens scores that layers can compare.
         observes_all: eviction and budget: what stays depends on every row of every layer of a
             prompt, so that no early exit leaves rows out.
@@ -107,6 +109,7 @@ class Value:
     composes: Callable[[Method, DecoderConfig | None], Iterable[str]] | None = None
     least: Callable[[Any], int] | None = None
     grows: Callable[[Any], bool] | None = None
+    needs: Callable[[Any], str | None] | None = None
     scores: bool = False
     observes_all: bool = False
     sources: tuple[str, ...] = ()
@@ -186,6 +189,11 @@ class Method:
         choice = self.choices.get("sharing")
         shape = choice.value.shape if choice else None
         return shape(choice.params, config) if choice and shape else config
+
+    def lacks(self) -> str | None:
+        """What another job must still give the method: see `Value.needs`."""
+        choice = self["eviction"]
+        return choice.value.needs(choice.params) if choice.value.needs else None
 
     def uptrained(self) -> Method:
         """Return the method as a model converted from a checkpoint has it."""

@@ -67,12 +67,14 @@ class Cache(ABC):
     Attributes:
         observes_all: it decides by what `observe` shows of every row of every layer, so that none
             may be left out of a prompt.
+        sees_each: `observe` gets the attention of every query row by itself, not their sum.
         rotates: true when keys are kept un-rotated: the decoder then rotates what `read` returned
             by `rotary_positions` instead of rotating before `write` (positions inside the cache).
     """
 
     rotates: bool = False
     observes_all: bool = False
+    sees_each: bool = False
 
     def reserve(self, rows: int | Tensor) -> None:  # noqa: B027
         """Hear that a turn of so many rows begins, its answer included (StreamingLLM's turns).
@@ -125,7 +127,8 @@ class Cache(ABC):
         """See the residual stream [B, T, W] around a decoder layer's attention, and its key mass.
 
         key_mass [B, H, S] float32: the attention that each key `read` returned got from the queries
-        of `key_mass_rows`, summed over them; None where it asked for none.
+        of `key_mass_rows`, summed over them ([B, H, rows, S] if `sees_each`); None where it asked
+        for none.
         """
 
     def finish(self) -> None:  # noqa: B027

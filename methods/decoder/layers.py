@@ -140,7 +140,7 @@ class Attention(nn.Module):
         mass_rows = cache.key_mass_rows(self.layer) if step.final else None
         out, key_mass = attend(
             q, k, v, step.positions, k_positions, rule,
-            mass_rows=mass_rows, mask=step.mask(rule, k_positions),
+            mass_rows=mass_rows, mask=step.mask(rule, k_positions), each=cache.sees_each,
         )  # fmt: skip
         return self.out(out.transpose(1, 2).flatten(2)), key_mass
 

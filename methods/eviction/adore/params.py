@@ -76,5 +76,8 @@ ENTRY = Value(
     check=check,
     composes=composes,
     least=lambda params: params.recent + 1,
+    needs=lambda params: (
+        "controller" if params.scores == "controller" and not params.controller else None
+    ),
     sources=("kvlab.methods.eviction.adore",),
 )
