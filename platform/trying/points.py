@@ -210,6 +210,8 @@ class Candidates:
             method = resolve(point.written)
         except KvlabError as error:
             return str(error)
+        if lacking := method.lacks():
+            return f"needs a trained {lacking} (docs/adore.md): give it in a workflow"
         problems = compatible(method, subject.config, "apply", trained=subject.method)
         for _, problem in problems:
             return problem
