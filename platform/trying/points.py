@@ -139,8 +139,8 @@ class Candidates:
         """Budget values and precisions over the evictions that were best at each budget.
 
         With a precision the eviction keeps as many more rows as its smaller ones make room for, so
-        that the point takes the bytes of its budget. Where there is no such number of rows (all of
-        them fit, or not even as many as the eviction needs) there is no such point.
+        that the point takes the bytes of the eviction alone. Where there is no such number of rows
+        (all of them fit, or not even as many as the eviction needs) there is no such point.
         """
         found: list[Point] = []
         for budget, evictions in best.items():
@@ -156,9 +156,9 @@ class Candidates:
         return found
 
     def _equal(self, eviction: str, precision: str, budget: float) -> Point | None:
-        """An eviction with a precision, at as many rows as take the bytes of the budget."""
+        """An eviction with a precision, at as many rows as take the bytes of the eviction alone."""
         most = self._prompt // self._subject.span
-        room = budget * self.bytes({})
+        room = self.bytes(self._sized(eviction, budget))
 
         def point(rows: int) -> Point:
             share = min(1.0, round((rows + 0.5) / most, 6))

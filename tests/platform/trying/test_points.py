@@ -82,14 +82,18 @@ def test_what_does_not_compose_is_no_point(candidates: Make) -> None:
     assert "global_topk" not in {name for p in points for name in p.written}
 
 
-def test_a_composition_with_a_precision_takes_the_bytes_of_its_budget(candidates: Make) -> None:
-    made = candidates(0.2)
-    room = 0.2 * made.bytes({})
-    (point,) = [p for p in made.composed({0.2: ["h2o"]}) if "int8" in p.written]
+@pytest.mark.parametrize("eviction", ["h2o", "snapkv"])
+def test_a_composition_with_a_precision_takes_the_bytes_of_its_eviction_alone(
+    candidates: Make, eviction: str
+) -> None:
+    made = candidates(0.3)
+    (alone,) = [p for p in made.singles() if p.eviction == eviction]
+    (point,) = [p for p in made.composed({0.3: [eviction]}) if "int8" in p.written]
+    room = made.bytes(alone.written)
     rows = round(point.written["uniform"]["share"] * 128)
     more = {**point.written, "uniform": {"share": (rows + 1.5) / 128}}
     assert made.bytes(point.written) <= room < made.bytes(more)
-    assert rows > 0.2 * 128
+    assert rows > 0.3 * 128
 
 
 def test_a_precision_that_fits_the_budget_alone_needs_no_eviction(candidates: Make) -> None:
@@ -98,9 +102,9 @@ def test_a_precision_that_fits_the_budget_alone_needs_no_eviction(candidates: Ma
 
 
 def test_values_can_be_chosen(candidates: Make) -> None:
-    made = candidates(0.5, only=("h2o", "int8"))
+    made = candidates(0.3, only=("h2o", "int8"))
     assert [p.label for p in made.singles()] == ["h2o", "int8"]
-    assert [p.label for p in made.composed({0.5: ["h2o"]})] == ["h2o + int8"]
+    assert [p.label for p in made.composed({0.3: ["h2o"]})] == ["h2o + int8"]
 
 
 def test_labels_leave_out_the_budget_and_its_default() -> None:
