@@ -171,15 +171,26 @@ def _first_target(around: Surroundings) -> int:
 
 
 def _uncut(settings: EvaluateSettings) -> Iterator[tuple[str, str]]:
-    """A metric without a prompt, of a cache that is cut for a prompt alone: it says nothing."""
-    eviction = settings.apply["eviction"]
+    """A metric without a prompt, of a cache that a prompt alone cuts or divides: it says nothing.
+
+    A budget that is divided anew while it generates goes by what it has read since.
+    """
+    eviction, budget = settings.apply["eviction"], settings.apply["budget"]
     grows = eviction.value.grows is not None and eviction.value.grows(eviction.params)
+    once = budget.value.observes_all and getattr(budget.params, "refresh", None) is None
     asked = [metric for metric in settings.metrics if metric in OF_WINDOWS]
     if grows and asked:
         yield (
             "metrics",
             f"{asked[0]} reads a window from its first token on, and {eviction.value.name} as "
             "applied keeps all that comes after a prompt: nothing would be cut; ask for divergence",
+        )
+    elif once and asked:
+        yield (
+            "metrics",
+            f"{asked[0]} reads a window from its first token on, and {budget.value.name} divides "
+            "by what a prompt shows: one token shows nothing; ask for divergence "
+            "(metrics: [divergence])",
         )
 
 
