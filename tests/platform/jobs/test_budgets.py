@@ -254,7 +254,7 @@ def test_another_folder_is_one_line(tmp_path: Path) -> None:
 
 
 SAYS = {
-    "apply: {h2o: {}, squeeze_attention: {}}, budgets: groups": (
+    "metrics: [divergence], apply: {h2o: {}, squeeze_attention: {}}, budgets: groups": (
         "jobs.x.evaluate.budgets: apply chooses the budget 'squeeze_attention' already"
     ),
     "budgets: groups": "'full_attention' as applied reads no budget",
