@@ -22,6 +22,8 @@ OURS = {
     "train": "kvlab.platform.jobs.train.settings:Train",
     "uptrain": "kvlab.platform.jobs.uptrain.settings:Uptrain",
     "calibrate": "kvlab.platform.jobs.calibrate.settings:Calibrate",
+    "label": "kvlab.platform.jobs.label.settings:Label",
+    "controller": "kvlab.platform.jobs.controller.settings:Controller",
     "evaluate": "kvlab.platform.jobs.evaluate.settings:Evaluate",
     "benchmark": "kvlab.platform.jobs.benchmark.settings:Benchmark",
     "noop": "kvlab.platform.jobs.noop.settings:Noop",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvlab.kernels.attention import EMPTY
@@ -166,9 +167,20 @@ class AdoreCache(EvictingCache):
         places = torch.arange(count, device=self._ids.device)
         away = ~self._kept(count) & (places <= self._now)
         scores = self._ranking.known[:, :count].masked_fill(~away, float("-inf"))
-        best = scores.topk(min(params.rebuild, count), dim=-1)
+        each = params.context + 1
+        best = scores.topk(min(params.rebuild // each, count), dim=-1)
         limit = float("-inf") if params.threshold is None else _logit(params.threshold)
-        return torch.where(best.values > limit, best.indices, EMPTY)
+        chosen = torch.where(best.values > limit, best.indices, EMPTY)
+        return chosen if each == 1 else self._with_context(chosen, away)
+
+    def _with_context(self, chosen: Tensor, away: Tensor) -> Tensor:
+        """Add to positions [B, n] those before each that are away too; none comes twice."""
+        before = torch.arange(self._params.context + 1, device=chosen.device)
+        runs = (chosen.unsqueeze(-1) - before).masked_fill((chosen == EMPTY).unsqueeze(-1), EMPTY)
+        ordered = runs.flatten(1).clamp_min(EMPTY).sort(dim=-1).values
+        twice = F.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0))
+        there = away.gather(1, ordered.clamp_min(0))
+        return ordered.masked_fill(twice | ~there, EMPTY)
 
     def _kept(self, count: int) -> Tensor:
         """Mark [B, count] what every layer holds, and the rows of this pass."""

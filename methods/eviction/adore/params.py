@@ -16,6 +16,8 @@ class AdoreParams:
 
     Attributes:
         rebuild: R, released tokens that go through all layers again beside the current one.
+        context: tokens before each rebuilt one that are rebuilt with it, inside R: what a token's
+            keys say comes most of all from its neighbours.
         scores: who says how much a token matters now: a trained "controller", or a "rule" without
             training: the attention that the token has received from all layers and heads so far.
         controller: the folder of a trained controller; a workflow's `controller:` fills it in.
@@ -30,6 +32,7 @@ class AdoreParams:
     """
 
     rebuild: Annotated[int, Range(0, 256)] = 8
+    context: Annotated[int, Range(0, 255)] = 0
     scores: Literal["controller", "rule"] = "controller"
     controller: str = ""
     recent: Annotated[int, Range(1, 4096, log=True)] = 4
@@ -46,8 +49,15 @@ def check(params: AdoreParams, config: DecoderConfig | None) -> Iterator[str]:
         yield "controller: scores is 'rule', which has none: leave one of the two out"
     if params.scores == "rule" and params.threshold is not None:
         yield "threshold: attention received is no probability: use scores: controller"
-    if not params.rebuild and (params.readmit or params.every > 1 or params.threshold is not None):
-        yield "rebuild: is 0, so readmit, every and threshold would change nothing"
+    if params.rebuild and params.context >= params.rebuild:
+        yield (
+            f"context: must be below rebuild ({params.rebuild}), which counts these tokens too, "
+            f"found {params.context}"
+        )
+    if not params.rebuild and (
+        params.readmit or params.context or params.every > 1 or params.threshold is not None
+    ):
+        yield "rebuild: is 0, so readmit, context, every and threshold change nothing"
 
 
 def composes(method: Method, config: DecoderConfig | None) -> Iterator[str]:

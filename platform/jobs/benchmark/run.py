@@ -17,6 +17,7 @@ from kvlab.platform.jobs.benchmark import load
 from kvlab.platform.jobs.benchmark.measure import Generation, generate
 from kvlab.platform.jobs.benchmark.median import summarise
 from kvlab.platform.jobs.context import Context, Stopped
+from kvlab.platform.jobs.controller.role import supplied
 from kvlab.platform.jobs.dtype import torch_dtype
 
 ENOUGH = 5
@@ -84,7 +85,7 @@ class Bench:
         device: torch.device,
     ) -> None:
         self.model, self.spec, self.context, self.device = model, spec, context, device
-        self.apply = from_dict(spec["apply"]) if spec["apply"] else None
+        self.apply = supplied(from_dict(spec["apply"]), context.inputs) if spec["apply"] else None
         if spec.get("budgets") and self.apply is not None:
             from kvlab.platform.jobs.calibrate.fixed import calibrated
 

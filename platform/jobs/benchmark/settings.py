@@ -11,6 +11,7 @@ from kvlab.methods.axis import Method
 from kvlab.methods.registry import resolve
 from kvlab.platform.graph import Resources
 from kvlab.platform.jobs.calibrate import budgets
+from kvlab.platform.jobs.controller import role as controller
 from kvlab.platform.jobs.dtype import Dtype, dtype_of
 from kvlab.platform.jobs.field import nested
 from kvlab.platform.jobs.kind import Kind, Parent, Prediction, References, Settings, Surroundings
@@ -33,6 +34,7 @@ class BenchmarkSettings(Settings):
     warmup: int = Field(default=1, ge=0, le=100)
     apply: Annotated[Method, MethodField("run")] = Field(default_factory=lambda: resolve({}))
     budgets: One | None = None
+    controller: One | None = None
     kv_budget: Bytes | None = Field(default=None, ge=1)
     dtype: Dtype = "auto"
 
@@ -48,8 +50,15 @@ class Benchmark(Kind):
 
     name = "benchmark"
     settings = BenchmarkSettings
-    references: ClassVar[References] = {"of": "many", budgets.ROLE: "one"}
-    reference_kinds: ClassVar[Mapping[str, str]] = {budgets.ROLE: "calibrate"}
+    references: ClassVar[References] = {
+        "of": "many",
+        budgets.ROLE: "one",
+        controller.ROLE: "one",
+    }
+    reference_kinds: ClassVar[Mapping[str, str]] = {
+        budgets.ROLE: "calibrate",
+        controller.ROLE: "controller",
+    }
     measured = True
     resources = Resources(exclusive=True)
 
@@ -76,6 +85,7 @@ class Benchmark(Kind):
         yield from compatible(settings.apply, config, "apply", trained=made)
         yield from short_of(settings.apply, made, settings.prompt, "apply")
         yield from budgets.problems(settings.apply, around)
+        yield from controller.problems(settings.apply, around)
         if settings.prompt + settings.generate > config.max_positions:
             yield (
                 "generate",

@@ -11,6 +11,7 @@ from kvlab.methods.store import load
 from kvlab.platform.data import corpus
 from kvlab.platform.jobs import environment
 from kvlab.platform.jobs.context import Context, JobError
+from kvlab.platform.jobs.controller.role import supplied
 from kvlab.platform.jobs.dtype import torch_dtype
 from kvlab.platform.jobs.evaluate import divergence, perplexity, recall
 from kvlab.platform.jobs.evaluate.windows import Windows, cut
@@ -68,7 +69,7 @@ def _method(spec: Mapping[str, Any], context: Context, rows: int | None) -> Meth
     Args:
         rows: None: prompts differ in length, and each layer keeps its share of each.
     """
-    method = from_dict(spec["apply"])
+    method = supplied(from_dict(spec["apply"]), context.inputs)
     if not spec.get("budgets"):
         return method
     from kvlab.platform.jobs.calibrate.fixed import calibrated

@@ -11,6 +11,7 @@ from kvlab.methods.axis import Method
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.registry import resolve
 from kvlab.platform.jobs.calibrate import budgets
+from kvlab.platform.jobs.controller import role as controller
 from kvlab.platform.jobs.cost import OF_QUESTIONS, OF_WINDOWS
 from kvlab.platform.jobs.dtype import Dtype, dtype_of
 from kvlab.platform.jobs.kind import Kind, Parent, Prediction, References, Settings, Surroundings
@@ -53,6 +54,7 @@ class EvaluateSettings(Settings):
     metrics: Annotated[tuple[Metric, ...], Field(strict=False, min_length=1)] = ("perplexity",)
     apply: Annotated[Method, MethodField("run")] = Field(default_factory=lambda: resolve({}))
     budgets: One | None = None
+    controller: One | None = None
     sequence_length: int | None = Field(default=None, ge=2, le=2**20)
     tokens: Count = Field(default=100_000, ge=1)
     prompt: int | None = Field(default=None, ge=1, le=2**20)
@@ -67,8 +69,15 @@ class Evaluate(Kind):
 
     name = "evaluate"
     settings = EvaluateSettings
-    references: ClassVar[References] = {"of": "many", budgets.ROLE: "one"}
-    reference_kinds: ClassVar[Mapping[str, str]] = {budgets.ROLE: "calibrate"}
+    references: ClassVar[References] = {
+        "of": "many",
+        budgets.ROLE: "one",
+        controller.ROLE: "one",
+    }
+    reference_kinds: ClassVar[Mapping[str, str]] = {
+        budgets.ROLE: "calibrate",
+        controller.ROLE: "controller",
+    }
     needs_data = True
 
     def resolve(self, settings: Settings, around: Surroundings) -> dict[str, Any]:
@@ -106,6 +115,7 @@ class Evaluate(Kind):
         yield from compatible(settings.apply, config, "apply", trained=made)
         yield from short_of(settings.apply, made, _shortest(settings, length), "apply")
         yield from budgets.problems(settings.apply, around)
+        yield from controller.problems(settings.apply, around)
         yield from _uncut(settings)
         span = made.span()
         if length % span or length < 2 * span:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvlab.methods.axis import Method
 from kvlab.methods.model import LanguageModel
+
+if TYPE_CHECKING:
+    from kvlab.methods.eviction.adore.labels import Aggregate
 
 
 class Sums(NamedTuple):
@@ -23,6 +27,16 @@ class Sums(NamedTuple):
     targets: Tensor
 
 
+class Sparse(NamedTuple):
+    """Attention as ADORE's fine-tuning reads it: the tokens that the teacher attends to most.
+
+    top: how many. aggregate: over heads and layers.
+    """
+
+    top: int
+    aggregate: Aggregate
+
+
 class Objective(nn.Module):
     """The trained model with its loss; one call is one forward pass.
 
@@ -30,6 +44,7 @@ class Objective(nn.Module):
         model: what is trained.
         teacher: a frozen model to learn from, or None.
         weight: of the teacher's part, 0 to 1. temperature: that softens both distributions.
+        sparse: read what the teacher attends to alone, and learn from the text.
     """
 
     def __init__(
@@ -38,12 +53,13 @@ class Objective(nn.Module):
         teacher: LanguageModel | None = None,
         weight: float = 0.0,
         temperature: float = 1.0,
+        sparse: Sparse | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         # In a tuple, so that it is no submodule: never trained, sharded or checkpointed.
         self._teacher = (teacher,)
-        self.weight, self.temperature = weight, temperature
+        self.weight, self.temperature, self.sparse = weight, temperature, sparse
 
     @property
     def teacher(self) -> LanguageModel | None:
@@ -57,8 +73,8 @@ class Objective(nn.Module):
             ids: [B, T]. valid: [B, T] bool, None without padding. counts: [B, T] bool.
         """
         teacher = self.teacher
-        if teacher is None:
-            score = self.model(ids, valid)
+        if teacher is None or self.sparse is not None:
+            score = self.model(ids, valid, self._reading(ids, valid))
             targets = score.scored & counts
             nll = score.nll.masked_fill(~targets, 0.0).sum()
             return Sums(nll, nll.detach(), targets.sum())
@@ -72,6 +88,16 @@ class Objective(nn.Module):
         away = divergence(chosen[both], taught[targets][both].float(), self.temperature)
         objective = (1 - self.weight) * nll + self.weight * away
         return Sums(objective, nll.detach(), targets.sum())
+
+    def _reading(self, ids: Tensor, valid: Tensor | None) -> Method | None:
+        """What rows may read; None: all before them."""
+        if self.sparse is None:
+            return None
+        from kvlab.methods.eviction.adore.labels import attention, most_attended, under
+
+        assert self.teacher is not None
+        attended = attention(self.teacher, ids, valid, self.sparse.aggregate)
+        return under(most_attended(attended, self.sparse.top))
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

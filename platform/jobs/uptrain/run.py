@@ -16,7 +16,7 @@ from kvlab.platform.jobs.context import Context, JobError
 from kvlab.platform.jobs.train.run import publish
 from kvlab.platform.jobs.training.gang import join
 from kvlab.platform.jobs.training.loop import Training, rows_of
-from kvlab.platform.jobs.training.objective import Objective
+from kvlab.platform.jobs.training.objective import Objective, Sparse
 from kvlab.platform.jobs.uptrain import lora
 
 
@@ -24,8 +24,8 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
     """Publish the uptrained model, as the train job does.
 
     Args:
-        spec: of a train job without `model`, and `lora`, `distill`. Parents: "from", "data", and
-            "teacher" where it is not the parent that is learnt from.
+        spec: of a train job without `model`, and `lora`, `distill`, `sparse`. Parents: "from",
+            "data", and "teacher" where it is not the parent that is learnt from.
 
     Raises:
         Diverged, Stopped: see `Training.run`.
@@ -36,8 +36,9 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
         parent = load(context.inputs["from"], dtype=torch.float32)
         model = convert(parent, from_dict(spec["method"])).to(device)
         adapter = lora.attach(model, spec["lora"]) if spec["lora"] else None
-        teacher = _teacher(context, model).to(device) if spec["distill"] else None
-        objective = Objective(model, teacher, **(spec["distill"] or {}))
+        sparse = Sparse(**spec["sparse"]) if "sparse" in spec else None
+        teacher = _teacher(context, model).to(device) if spec["distill"] or sparse else None
+        objective = Objective(model, teacher, **(spec["distill"] or {}), sparse=sparse)
         result = Training(objective, rows_of(model, spec, context), spec, context, gang).run()
         if adapter is not None:
             model = lora.merge(adapter)

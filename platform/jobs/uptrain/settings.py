@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, ClassVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -36,6 +36,13 @@ class Distill(Settings):
     temperature: float = Field(default=1.0, gt=0, le=100)
 
 
+class Sparse(Settings):
+    """Read no more than the tokens that the parent attends to most (ADORE's fine-tuning)."""
+
+    top: int = Field(default=96, ge=1, le=4096)
+    aggregate: Literal["mean", "max"] = "mean"
+
+
 class UptrainSettings(Optimization):
     """`uptrain:` converts another job's model to a method and trains it on."""
 
@@ -43,6 +50,7 @@ class UptrainSettings(Optimization):
     learning_rate: float = Field(default=1e-3, gt=0, le=1)
     lora: Lora | None = None
     distill: Distill | None = None
+    sparse: Sparse | None = None
 
 
 class Uptrain(Kind):
@@ -60,7 +68,9 @@ class Uptrain(Kind):
     def resolve(self, settings: Settings, around: Surroundings) -> dict[str, Any]:
         assert isinstance(settings, UptrainSettings)
         distill, lora = settings.distill, settings.lora
+        sparse = {} if settings.sparse is None else {"sparse": settings.sparse.model_dump()}
         return {
+            **sparse,
             **optimization_spec(settings, around),
             "method": canonical(uptrained(settings.method)),
             "stage": _stage(around.parents["from"]),
@@ -82,6 +92,8 @@ class Uptrain(Kind):
                 f"({', '.join(name for choice in before.values() for name in choice)}); "
                 "name a job with full attention, or keep its method",
             )
+        if settings.sparse is not None:
+            yield from _sparse_problems(settings, wanted, length)
         if "teacher" in around.parents:
             taught, _ = lineage(around.parents["teacher"])
             if taught.vocab_size != config.vocab_size:
@@ -95,6 +107,7 @@ class Uptrain(Kind):
         return (
             "kvlab.platform.jobs.uptrain",
             "kvlab.methods.sharing.convert",
+            *(("kvlab.methods.eviction.adore.labels",) if "sparse" in spec else ()),
             *TRAINING_SOURCES,
             *MODEL_SOURCES,
             *axis_sources(method_of(spec["method"])),
@@ -107,9 +120,29 @@ class Uptrain(Kind):
         from kvlab.platform.jobs.cost import training
 
         config, _ = lineage(parents["from"])
-        if not spec["distill"]:
+        if not spec["distill"] and "sparse" not in spec:
             return training(config, spec)
         return training(config, spec, lineage(parents.get("teacher", parents["from"])))
+
+
+def _sparse_problems(
+    settings: UptrainSettings, wanted: Mapping[str, Any], length: int
+) -> Iterator[tuple[str, str]]:
+    assert settings.sparse is not None
+    if settings.distill is not None:
+        yield "sparse", "cannot go with distill: leave one of the two out"
+    if wanted:
+        yield (
+            "sparse",
+            f"marks what full attention attends to, and the method is {settings.method.label}: "
+            "use method: full_attention",
+        )
+    if settings.sparse.top >= length:
+        yield (
+            "sparse.top",
+            f"must be below the {length} tokens of a text, found {settings.sparse.top}: "
+            "else every token is read",
+        )
 
 
 def _stage(parent: Parent) -> int:

@@ -1,0 +1,55 @@
+"""A trained controller, where a later job's `apply` needs one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kvlab.methods.axis import Choice, Method
+from kvlab.platform.jobs.kind import Surroundings
+from kvlab.platform.jobs.model import lineage
+
+ROLE = "controller"
+"""The field, the role, the job kind and the parameter of the eviction that its folder fills in."""
+
+
+def problems(apply: Method, around: Surroundings) -> Iterator[tuple[str, str]]:
+    """Yield (field, problem) where a job's `apply` and its controller do not go together."""
+    parent, eviction = around.parents.get(ROLE), apply["eviction"]
+    name = eviction.value.name
+    if getattr(eviction.params, ROLE, ""):
+        yield (
+            f"apply.{name}.{ROLE}",
+            f"is filled in by a job: name one beside apply ({ROLE}: JOB), and leave this out",
+        )
+    elif parent is None and apply.lacks() == ROLE:
+        yield (
+            "apply",
+            f"'{name}' needs a trained controller: name the job that trains one beside apply "
+            f"({ROLE}: JOB), or choose scores: rule",
+        )
+    elif parent is not None and apply.lacks() != ROLE:
+        yield (
+            ROLE,
+            f"would change nothing: '{name}' as applied asks no controller; leave it out",
+        )
+    elif parent is not None and parent.kind == ROLE:
+        own, other = lineage(around.parents["of"])[0], lineage(parent.parents["of"])[0]
+        if (own.vocab_size, own.width) != (other.vocab_size, other.width):
+            yield (
+                ROLE,
+                f"'{parent.name}' was trained on a model with vocab_size {other.vocab_size} and "
+                f"width {other.width}, '{around.parents['of'].name}' has {own.vocab_size} and "
+                f"{own.width}",
+            )
+
+
+def supplied(apply: Method, inputs: Mapping[str, Path]) -> Method:
+    """Return `apply` with the controller that a job was given, if it was."""
+    if ROLE not in inputs:
+        return apply
+    eviction = apply["eviction"]
+    params: Any = replace(eviction.params, **{ROLE: str(inputs[ROLE])})
+    return Method(apply.label, {**apply.choices, "eviction": Choice(eviction.value, params)})
