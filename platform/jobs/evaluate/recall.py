@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,8 @@ Asked = Literal["in_prompt", "after_cut"]
 WAYS: dict[str, Asked] = {"recall": "in_prompt", "multi_turn": "after_cut"}
 """Metric -> how the question is asked: at the prompt's end, or in a turn of its own, when the cache
 of the context was cut."""
+Cut = Callable[[int], Method]
+"""The run-time axes for prompts of so many tokens."""
 STANDS = 0.95
 """A cell whose full cache answers fewer than this share says nothing about a cut one."""
 
@@ -26,17 +28,18 @@ STANDS = 0.95
 def measure(
     model: LanguageModel,
     data: Path,
-    method: Method,
+    cut: Cut | None,
     spec: Mapping[str, Any],
     metrics: Sequence[str],
     batch_size: int,
     device: torch.device,
     context: Context,
 ) -> dict[str, Any]:
-    """Ask the same questions under `method` and under the full cache.
+    """Ask the same questions under the cache of `cut` and under the full one.
 
     Args:
         data: the folder of the data job. metrics: those of `WAYS` that are wanted.
+        cut: None: the full cache is asked alone.
         spec: as `prompts` takes it, and answer (words of one, where words are symbols).
 
     Returns:
@@ -51,14 +54,14 @@ def measure(
     if any(max(p.context + p.question) >= known for p in asked):
         raise JobError(f"recall: a prompt holds ids beyond the model's vocabulary ({known})")
     wanted = [(name, way) for name, way in WAYS.items() if name in metrics]
-    applied = bool(method.to_dict())
-    total, done = len(asked) * len(wanted) * (1 + applied), 0
+    caches = (None,) if cut is None else (None, cut)
+    total, done = len(asked) * len(wanted) * len(caches), 0
     result = {}
     for name, way in wanted:
         answers = []
-        for apply in (None, method) if applied else (None,):
+        for cache in caches:
             right = torch.zeros(len(asked), dtype=torch.bool)
-            for numbers, found in _answers(model, asked, language, way, apply, batch_size, device):
+            for numbers, found in _answers(model, asked, language, way, cache, batch_size, device):
                 right[numbers] = found
                 done += len(numbers)
                 if context.stopping():
@@ -74,7 +77,7 @@ def _answers(
     asked: Sequence[Prompt],
     language: Language,
     way: Asked,
-    apply: Method | None,
+    cut: Cut | None,
     batch_size: int,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -85,7 +88,9 @@ def _answers(
     shapes: dict[tuple[int, int], list[int]] = {}
     for number, prompt in enumerate(asked):
         shapes.setdefault((len(prompt.context), len(prompt.question)), []).append(number)
-    for alike in shapes.values():
+    for (context, question), alike in shapes.items():
+        prompt_tokens = context + question if way == "in_prompt" else context
+        apply = None if cut is None else cut(prompt_tokens)
         for numbers in torch.split(torch.tensor(alike), batch_size):
             batch = [asked[number] for number in numbers]
             generated = _generate(model, batch, language.answer_tokens, way, apply, device)

@@ -57,18 +57,19 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
             result["divergence"] = found
     if metrics & recall.WAYS.keys():
         data, asked = context.inputs["data"], spec["recall"]
-        size, method = spec["batch_size"], _method(spec, context, None)
-        result |= recall.measure(model, data, method, asked, spec["metrics"], size, device, context)
+        size = spec["batch_size"]
+
+        def cut_for(tokens: int) -> Method:
+            return _method(spec, context, -(-tokens // span))
+
+        apply = cut_for if spec["apply"] else None
+        result |= recall.measure(model, data, apply, asked, spec["metrics"], size, device, context)
     measured = environment.capture(context, dtype=str(dtype).removeprefix("torch."))
     return {**result, "environment": measured}
 
 
-def _method(spec: Mapping[str, Any], context: Context, rows: int | None) -> Method:
-    """The run-time axes; budgets of a calibrate job are divided for prompts of so many rows.
-
-    Args:
-        rows: None: prompts differ in length, and each layer keeps its share of each.
-    """
+def _method(spec: Mapping[str, Any], context: Context, rows: int) -> Method:
+    """The run-time axes; budgets of a calibrate job are divided for prompts of so many rows."""
     method = supplied(from_dict(spec["apply"]), context.inputs)
     if not spec.get("budgets"):
         return method

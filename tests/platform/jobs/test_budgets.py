@@ -15,6 +15,7 @@ from kvlab.methods.registry import from_dict, resolve
 from kvlab.methods.store import load
 from kvlab.platform.graph import Cell
 from kvlab.platform.jobs import KINDS
+from kvlab.platform.jobs.calibrate import fixed
 from kvlab.platform.jobs.calibrate.fixed import calibrated
 from kvlab.platform.jobs.kind import Parent
 from kvlab.platform.jobs.local import run_cell
@@ -115,7 +116,7 @@ def test_scores_are_those_of_the_budgets_written_by_hand(ran: dict[str, Any]) ->
             assert uniform["loss"] != result["loss"]
 
 
-def rows(method: Any, inputs: dict[str, Path], prompt: int | None = None) -> tuple[int, ...]:
+def rows(method: Any, inputs: dict[str, Path], prompt: int) -> tuple[int, ...]:
     return tuple(calibrated(method, inputs["budgets"], prompt)["budget"].params.tokens)
 
 
@@ -136,6 +137,31 @@ def test_a_divergence_keeps_as_many_rows_as_the_uniform_budget(
     del inputs["budgets"]
     plain = {**{k: v for k, v in spec.items() if k != "budgets"}, "apply": written}
     assert run_cell("evaluate", plain, inputs, tmp_path)["divergence"] == found
+
+
+def test_questions_keep_as_many_rows_as_the_uniform_budget(
+    ran: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those asked in the prompt are part of it, those asked after the cut are not."""
+    divided: dict[int, tuple[int, ...]] = {}
+
+    def seen(apply: Any, folder: Path, prompt: int) -> Any:
+        method = calibrated(apply, folder, prompt)
+        divided[prompt] = method["budget"].params.tokens
+        return method
+
+    monkeypatch.setattr(fixed, "calibrated", seen)
+    _, _, cell = of(ran, "scored")[0]
+    inputs = {role: ran[parent][0] for role, parent in cell.parents.items()}
+    recall = {"tasks": ["passkey"], "lengths": [130, 201], "depths": [0.5], "pairs": 2,
+              "answer": 2, "samples": 1, "seed": 0}  # fmt: skip
+    for metric in ("recall", "multi_turn"):
+        spec = {**cell.spec, "metrics": [metric], "recall": recall}
+        run_cell("evaluate", spec, inputs, tmp_path / metric)
+    assert len(divided) == 4
+    assert {130, 201} < set(divided)
+    for prompt, tokens in divided.items():
+        assert sum(tokens) == 6 * int(0.3 * prompt)
 
 
 def test_a_benchmark_holds_as_many_bytes_as_the_uniform_budget(ran: dict[str, Any]) -> None:
@@ -220,37 +246,34 @@ def test_tokens_and_known_prompts_conserve_the_total_exactly(found: Any) -> None
     folder = found(SHARES)
     for tokens in (4, 7, 64, 1001):
         apply = resolve({"h2o": {}, "uniform": {"tokens": tokens}})
-        params = calibrated(apply, folder)["budget"].params
+        params = calibrated(apply, folder, 101)["budget"].params
         assert sum(params.tokens) == 4 * tokens
         assert not params.shares
         assert min(params.tokens) >= 2
     apply = resolve({"h2o": {}, "uniform": {"share": 0.25}})
-    known = calibrated(apply, folder, prompt=101)["budget"].params
+    known = calibrated(apply, folder, 101)["budget"].params
     assert sum(known.tokens) == 4 * 25
-    assert calibrated(apply, folder)["budget"].params.shares == pytest.approx(
-        [0.4125, 0.4125, 0.0875, 0.0875]
-    )
+    assert known.tokens == pytest.approx([25 * share for share in SHARES], abs=1)
 
 
 def test_what_one_layer_cannot_hold_the_others_get(found: Any) -> None:
     folder = found(SHARES)
     apply = resolve({"h2o": {}, "uniform": {"share": 0.8}})
-    shares = calibrated(apply, folder)["budget"].params.shares
-    assert shares == pytest.approx([1.0, 1.0, 0.6, 0.6])
+    assert calibrated(apply, folder, 100)["budget"].params.tokens == (100, 100, 60, 60)
     whole = resolve({"h2o": {}, "uniform": {"share": 1.0}})
-    assert calibrated(whole, folder)["budget"].params.shares == pytest.approx([1.0] * 4)
+    assert calibrated(whole, folder, 100)["budget"].params.tokens == (100,) * 4
 
 
 def test_no_layer_falls_below_what_its_eviction_needs(found: Any) -> None:
     apply = resolve({"streaming_llm": {"sinks": 4}, "uniform": {"tokens": 6}})
-    params = calibrated(apply, found(SHARES))["budget"].params
+    params = calibrated(apply, found(SHARES), 100)["budget"].params
     assert params.tokens == (7, 7, 5, 5)
     torch.testing.assert_close(sum(params.tokens), 24)
 
 
 def test_another_folder_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(KvlabError, match=r"calibration\.json: holds no budgets"):
-        calibrated(resolve({"h2o": {}}), tmp_path)
+        calibrated(resolve({"h2o": {}}), tmp_path, 100)
 
 
 SAYS = {
