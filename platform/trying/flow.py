@@ -11,13 +11,19 @@ from kvlab.db.states import WorkflowState
 from kvlab.platform.trying import choose
 from kvlab.platform.trying.asked import Asked
 from kvlab.platform.trying.figures import Findings
-from kvlab.platform.trying.plan import Plan
+from kvlab.platform.trying.plan import QUALITY, Plan
 from kvlab.platform.trying.points import Candidates, Point, by_budget
 from kvlab.platform.trying.run import Ran, Runner
 from kvlab.platform.trying.sheet import Sheet, Sheets
 from kvlab.platform.trying.subject import Subject
 
 FULL = Point({}, None)
+
+
+class NoAnswer(KvlabError):
+    """What every point is compared with could not be had: a job failed, not the question."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +94,7 @@ class Try:
             written: is told the YAML of every stage before it runs.
 
         Raises:
-            KvlabError: a stage cannot be run, or nothing of it worked.
+            NoAnswer: the full cache could not be scored. KvlabError: a stage cannot be run.
         """
         findings = Findings()
         ran: Ran | None = None
@@ -101,10 +107,9 @@ class Try:
             if ran.state in (WorkflowState.STOPPED, WorkflowState.CANCELLED):
                 break
             if FULL.key not in findings.divergence:
-                problems = [*findings.problems.values(), *findings.failed.values()]
-                raise KvlabError(
-                    f"the full cache could not be scored: {problems[0] if problems else 'unknown'}"
-                )
+                before = next(iter(findings.problems.values()), "unknown")
+                why = findings.failed.get((QUALITY, FULL.key), before)
+                raise NoAnswer(f"the full cache could not be scored: {why}")
         assert ran is not None
         return Answer(self.sheet(findings), self.text(), ran.workflow.row.id, ran.state, ran.mirror)
 
