@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvlab import KvlabError
+
+if TYPE_CHECKING:
+    from kvlab.db.rows import JobRow
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 OWN = {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -22,7 +26,7 @@ def command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
     workflow: Annotated[
         str | None,
-        typer.Option("--workflow", help="The job's: name or number; default: the newest."),
+        typer.Option("--workflow", help="The job's: name or number; default: the newest with it."),
     ] = None,
 ) -> None:
     """Write a model with its tokenizer as a Hugging Face checkpoint folder."""
@@ -52,19 +56,30 @@ def command(
 
 
 def published(job: str, workflow: str | None) -> Path:
-    """The folder that one job of a workflow published."""
+    """The folder that one job of a workflow published.
+
+    Args:
+        workflow: its name or number; None: the newest that has the job, tries after all others.
+    """
     from kvlab.db.store import Store
     from kvlab.platform.cli.which import find
     from kvlab.platform.home import Home
+    from kvlab.platform.trying.asked import NAME
 
     home = Home.find()
     try:
-        number = find(home, workflow)
+        newest = find(home, workflow)
     except KvlabError as error:
         raise KvlabError(f"'{job}' is no folder, and {error}") from error
     with Store.open(home.url, read_only=True) as store:
+        numbers = [newest]
+        if workflow is None:
+            rows = sorted(store.workflows(), key=lambda row: bool(NAME.fullmatch(row.name)))
+            numbers = [row.id for row in rows]
+        having = (number for number in numbers if _called(job, store.load(number).jobs))
+        number = next(having, numbers[0])
         jobs = store.load(number).jobs
-    chosen = [one for one in jobs if one.name == job] or [one for one in jobs if one.job == job]
+    chosen = _called(job, jobs)
     if not chosen:
         known = ", ".join(dict.fromkeys(one.job for one in jobs))
         raise KvlabError(
@@ -77,3 +92,8 @@ def published(job: str, workflow: str | None) -> Path:
     if uri is None or not Path(uri, "model.json").is_file():
         raise KvlabError(f"'{job}' of workflow {number} ({chosen[0].state}) has published no model")
     return Path(uri)
+
+
+def _called(job: str, jobs: Sequence[JobRow]) -> list[JobRow]:
+    """The cell of that name, or all cells of the job of that name."""
+    return [one for one in jobs if one.name == job] or [one for one in jobs if one.job == job]

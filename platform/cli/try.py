@@ -52,7 +52,7 @@ def command(
     ] = False,
     workflow: Annotated[
         str | None,
-        typer.Option("--workflow", help="A job's: name or number; default: the newest."),
+        typer.Option("--workflow", help="A job's: name or number; default: the newest with it."),
     ] = None,
     cpus: Cpus = None,
     mlflow: Mlflow = True,

@@ -22,6 +22,8 @@ PROMPT, GENERATE, SEQUENCES, BATCH = 512, 64, 8, 4
 QUICK_PROMPT, QUICK_GENERATE, QUICK_SEQUENCES = 256, 32, 4
 SHORTEST = 16
 """Tokens of the shortest prompt from which anything can be left out."""
+NAME = re.compile(r"try-.+-[0-9a-f]{8}")
+"""What `Asked.name` makes: the names of the workflows of tries."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,6 +140,20 @@ def test_jobs_without_a_model(
     assert not (home / "out").exists()
 
 
+def test_a_job_is_that_of_the_newest_workflow_that_has_it_tries_last(
+    home: Path, export: Callable[..., tuple[int, str]]
+) -> None:
+    with Store.open(f"sqlite:///{home}/kvlab.db") as store:
+        for name, job in (("later", "other"), ("try-train-seed-0-0123abcd", "train[seed=0]")):
+            jobs = [NewJob(job, job, "noop", {}, {}, {}, (), name, {})]
+            store.create_workflow(name, "", {}, jobs, 1.0)
+    assert export("train[seed=0]", home / "out") == (0, f"{home / 'out'}: LlamaForCausalLM")
+    code, said = export("trian", home / "other")
+    assert said == "'trian' is neither a folder nor a job of workflow 2, which has other"
+    code, said = export("train[seed=0]", home / "other", "--workflow", "3")
+    assert (code, said) == (2, "'train[seed=0]' of workflow 3 (queued) has published no model")
+
+
 def test_neither_a_folder_nor_a_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, export: Callable[..., tuple[int, str]]
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from kvlab import KvlabError
 from kvlab.platform.trying.asked import (
+    NAME,
     Asked,
     budgets_of,
     check_budgets,
@@ -87,3 +88,4 @@ def test_one_question_has_one_name_and_another_has_another(subject: Subject) -> 
     one = Asked((0.1,), "cpu", 64, 16, 4, 4, 0)
     assert one.name(subject) == Asked((0.1,), "cpu", 64, 16, 4, 4, 0).name(subject)
     assert one.name(subject) != Asked((0.2,), "cpu", 64, 16, 4, 4, 0).name(subject)
+    assert NAME.fullmatch(one.name(subject))
