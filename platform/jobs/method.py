@@ -263,8 +263,11 @@ def _against(
         sizes = (trained or method).acting(config)
     except KvlabError:
         return
-    for choice, message in misfits(method, sizes):
-        yield _place(path, choice), message
+    made = (trained or method).choices
+    whole = {**method.choices, **{axis: made[axis] for axis in TRAIN_TIME if axis in made}}
+    for choice, message in misfits(Method(method.label, whole), sizes):
+        if method.choices.get(choice.value.axis) is choice:
+            yield _place(path, choice), message
 
 
 def short_of(method: Method, trained: Method, prompt: int, path: str) -> Iterator[tuple[str, str]]:

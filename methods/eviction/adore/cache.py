@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvlab import KvlabError
 from kvlab.kernels.attention import EMPTY
 from kvlab.methods.cache.evicting import EvictingCache
 from kvlab.methods.cache.interface import Extra, Keys, Step
@@ -123,8 +124,8 @@ class AdoreCache(EvictingCache):
 
     def _see(self, step: Step) -> None:
         """Take in the pass's tokens, and score all of them for its last one."""
-        assert step.ids is not None
-        assert step.embedded is not None
+        if step.ids is None or step.embedded is None:
+            raise KvlabError("adore releases tokens: this decoder runs over blocks of them")
         ids, embedded = step.ids, step.embedded
         batch, rows = ids.shape
         places, counts = step.positions, torch.full((batch,), rows, device=ids.device)

@@ -17,7 +17,6 @@ from kvlab.platform.jobs.benchmark import load
 from kvlab.platform.jobs.benchmark.measure import Generation, generate
 from kvlab.platform.jobs.benchmark.median import summarise
 from kvlab.platform.jobs.context import Context, Stopped
-from kvlab.platform.jobs.controller.role import supplied
 from kvlab.platform.jobs.dtype import torch_dtype
 
 ENOUGH = 5
@@ -85,7 +84,11 @@ class Bench:
         device: torch.device,
     ) -> None:
         self.model, self.spec, self.context, self.device = model, spec, context, device
-        self.apply = supplied(from_dict(spec["apply"]), context.inputs) if spec["apply"] else None
+        self.apply = from_dict(spec["apply"]) if spec["apply"] else None
+        if spec.get("controller") and self.apply is not None:
+            from kvlab.platform.jobs.controller.supply import supplied
+
+            self.apply = supplied(self.apply, context.inputs["controller"])
         if spec.get("budgets") and self.apply is not None:
             from kvlab.platform.jobs.calibrate.fixed import calibrated
 

@@ -64,9 +64,9 @@ class Benchmark(Kind):
 
     def resolve(self, settings: Settings, around: Surroundings) -> dict[str, Any]:
         assert isinstance(settings, BenchmarkSettings)
-        calibrated = {budgets.ROLE: True} if settings.budgets is not None else {}
+        given = {budgets.ROLE: settings.budgets, controller.ROLE: settings.controller}
         return {
-            **calibrated,
+            **{role: True for role, job in given.items() if job is not None},
             "prompt": settings.prompt,
             "generate": settings.generate,
             "batch": list(settings.batch),
@@ -101,6 +101,7 @@ class Benchmark(Kind):
             *MODEL_SOURCES,
             *axis_sources(method_of(spec["apply"])),
             *budgets.sources(spec),
+            *controller.sources(spec),
         )
 
     def predict(self, spec: Mapping[str, Any], parents: Mapping[str, Parent]) -> Prediction:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from kvlab.methods.axis import Choice, Method
+from kvlab.methods.axis import Method
 from kvlab.platform.jobs.kind import Surroundings
 from kvlab.platform.jobs.model import lineage
 
 ROLE = "controller"
-"""The field, the role, the job kind and the parameter of the eviction that its folder fills in."""
+"""The field, role, spec's key and job kind, and the eviction's parameter that it fills in."""
 
 
 def problems(apply: Method, around: Surroundings) -> Iterator[tuple[str, str]]:
@@ -46,10 +44,6 @@ def problems(apply: Method, around: Surroundings) -> Iterator[tuple[str, str]]:
             )
 
 
-def supplied(apply: Method, inputs: Mapping[str, Path]) -> Method:
-    """Return `apply` with the controller that a job was given, if it was."""
-    if ROLE not in inputs:
-        return apply
-    eviction = apply["eviction"]
-    params: Any = replace(eviction.params, **{ROLE: str(inputs[ROLE])})
-    return Method(apply.label, {**apply.choices, "eviction": Choice(eviction.value, params)})
+def sources(spec: Mapping[str, Any]) -> tuple[str, ...]:
+    """Modules that decide a result where `spec` takes a controller."""
+    return ("kvlab.platform.jobs.controller.supply",) if spec.get(ROLE) else ()

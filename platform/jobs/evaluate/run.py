@@ -11,7 +11,6 @@ from kvlab.methods.store import load
 from kvlab.platform.data import corpus
 from kvlab.platform.jobs import environment
 from kvlab.platform.jobs.context import Context, JobError
-from kvlab.platform.jobs.controller.role import supplied
 from kvlab.platform.jobs.dtype import torch_dtype
 from kvlab.platform.jobs.evaluate import divergence, perplexity, recall
 from kvlab.platform.jobs.evaluate.windows import Windows, cut
@@ -70,7 +69,11 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
 
 def _method(spec: Mapping[str, Any], context: Context, rows: int) -> Method:
     """The run-time axes; budgets of a calibrate job are divided for prompts of so many rows."""
-    method = supplied(from_dict(spec["apply"]), context.inputs)
+    method = from_dict(spec["apply"])
+    if spec.get("controller"):
+        from kvlab.platform.jobs.controller.supply import supplied
+
+        method = supplied(method, context.inputs["controller"])
     if not spec.get("budgets"):
         return method
     from kvlab.platform.jobs.calibrate.fixed import calibrated

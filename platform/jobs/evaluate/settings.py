@@ -95,6 +95,8 @@ class Evaluate(Kind):
         }
         if settings.budgets is not None:
             spec[budgets.ROLE] = True
+        if settings.controller is not None:
+            spec[controller.ROLE] = True
         if "divergence" in settings.metrics:
             prompt = settings.prompt or length // 2
             generate = settings.generate or length - prompt
@@ -144,6 +146,7 @@ class Evaluate(Kind):
             *MODEL_SOURCES,
             *axis_sources(method_of(spec["apply"])),
             *budgets.sources(spec),
+            *controller.sources(spec),
         )
 
     def predict(self, spec: Mapping[str, Any], parents: Mapping[str, Parent]) -> Prediction:
