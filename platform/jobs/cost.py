@@ -56,9 +56,14 @@ def scoring(config: DecoderConfig, method: Canonical, spec: Mapping[str, Any]) -
         steps += 0 if each == 1 else each * batches
     if asked := spec.get("divergence"):
         prompt, generate = asked["prompt"], asked["generate"]
-        once = sum(_continued(each, prompt, length - prompt, generate) for each in (full, cost))
+        given = length - prompt
+        if spec["apply"]:
+            once = sum(_continued(each, prompt, (given, generate)) for each in (full, cost))
+            steps += 2 * (given + generate) * batches
+        else:
+            once = _continued(full, prompt, (given,))
+            steps += given * batches
         flops += once * spec["tokens"] / length
-        steps += 2 * (length - prompt + generate) * batches
     if asked := spec.get("recall"):
         ways = len(OF_QUESTIONS.intersection(spec["metrics"]))
         cells = len(asked["tasks"]) * len(asked["depths"]) * asked["samples"] * ways
@@ -73,11 +78,11 @@ def _score_steps(cost: Cost, length: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _continued(cost: Cost, prompt: int, given: int, generated: int) -> float:
-    """FLOPs of two sessions over one prompt: one is given the tokens that follow."""
+def _continued(cost: Cost, prompt: int, added: tuple[int, ...]) -> float:
+    """FLOPs of sessions over one prompt, one for each number of tokens that follow."""
     return sum(
         cost.prefill_flops(prompt) + rows * cost.decode_flops(prompt + rows // 2, prompt)
-        for rows in (given, generated)
+        for rows in added
     )
 
 

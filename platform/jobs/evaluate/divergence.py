@@ -79,6 +79,8 @@ def measure(
 ) -> dict[str, Any]:
     """Compare the cache under `method` with the full one, and return the result's `divergence`.
 
+    The full cache is run once, not beside itself.
+
     Args:
         spec: prompt (tokens that are prefilled), generate (tokens that are generated at most).
 
@@ -86,17 +88,18 @@ def measure(
         JobError: nothing to score, or a divergence that is not finite.
     """
     chosen, prompt = after_prompt(windows, spec["prompt"]), spec["prompt"]
+    other = method if method.to_dict() else None
     parts: list[Divergence] = []
     for numbers in torch.split(chosen, batch_size):
         ids = windows.ids[numbers].to(device)
         scored = windows.targets[numbers, prompt:]
         steps = []
-        for step in _forced(model, ids, scored.to(device), prompt, method):
+        for step in _forced(model, ids, scored.to(device), prompt, other):
             steps.append(step)
             if context.stopping():
                 raise Stopped
         kl, same, full, applied = (torch.stack(each, 1).cpu() for each in zip(*steps, strict=True))
-        identical = _identical(model, ids[:, :prompt], spec["generate"], method)
+        identical = _identical(model, ids[:, :prompt], spec["generate"], other)
         parts.append(Divergence(scored, kl, same, full, applied, identical.cpu()))
         done = sum(len(part.identical) for part in parts)
         context.progress(done, len(chosen), "windows against the full cache")
@@ -112,32 +115,35 @@ def measure(
 
 @torch.inference_mode()
 def _forced(
-    model: LanguageModel, ids: Tensor, scored: Tensor, prompt: int, method: Method
+    model: LanguageModel, ids: Tensor, scored: Tensor, prompt: int, other: Method | None
 ) -> Iterator[Step]:
     """Prefill `prompt` tokens of windows [B, T] under both caches and give both the rest."""
     length = ids.shape[1]
-    both = [
+    sessions = [
         model.start(ids[:, :prompt], new_tokens=length - prompt, apply=apply)
-        for apply in (None, method)
+        for apply in ((None,) if other is None else (None, other))
     ]
     for place in range(prompt, length):
-        full, applied = (F.log_softmax(session.logits.double(), -1) for session in both)
+        found = [F.log_softmax(session.logits.double(), -1) for session in sessions]
+        full, applied = found[0], found[-1]
         counted = scored[:, place - prompt]
         target = ids[:, place]
         kl = (full.exp() * (full - applied)).sum(-1).clamp(min=0)
         same = full.argmax(-1) == applied.argmax(-1)
         nll = [F.nll_loss(p, target, reduction="none") for p in (full, applied)]
-        found = (kl, same.double(), *nll)
-        yield Step(*(values.masked_fill(~counted, 0.0) for values in found))
+        values = (kl, same.double(), *nll)
+        yield Step(*(each.masked_fill(~counted, 0.0) for each in values))
         if place + 1 < length:
-            for session in both:
+            for session in sessions:
                 session.step(target)
 
 
 @torch.inference_mode()
-def _identical(model: LanguageModel, prompts: Tensor, most: int, method: Method) -> Tensor:
+def _identical(model: LanguageModel, prompts: Tensor, most: int, other: Method | None) -> Tensor:
     """Return [B]: tokens that greedy generation from both caches has in common at the beginning."""
-    both = [model.start(prompts, new_tokens=most - 1, apply=apply) for apply in (None, method)]
+    if other is None:
+        return torch.full((len(prompts),), most)
+    both = [model.start(prompts, new_tokens=most - 1, apply=apply) for apply in (None, other)]
     together = torch.ones(len(prompts), dtype=torch.bool, device=prompts.device)
     length = torch.zeros(len(prompts), dtype=torch.long, device=prompts.device)
     for step in range(most):

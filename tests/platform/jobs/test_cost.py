@@ -110,9 +110,11 @@ def test_each_metric_of_an_evaluation_is_counted_once() -> None:
 
     each = [predicted(name) for name in parts]
     assert predicted(*parts) == pytest.approx(sum(each))
-    # Two caches, and of each a session that reads on and one that generates.
+    # The full cache reads on once; another beside it, and both generate: four sessions.
     cost = cost_of(CONFIG, resolve({}))
-    once = 2 * (2 * cost.prefill_flops(8) + (8 + 8) * cost.decode_flops(8 + 4, 8))
+    once = cost.prefill_flops(8) + 8 * cost.decode_flops(8 + 4, 8)
     assert predicted("divergence", apply={}) == pytest.approx(32 * once)
+    covering = resolve({"sliding_window": {"window": 64}}).to_dict()
+    assert predicted("divergence", apply=covering) == pytest.approx(4 * 32 * once)
     # The full cache is asked once, not compared with itself.
     assert predicted("recall", apply={}) == pytest.approx(each[2] / 2)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from kvlab.methods.build import build
 from kvlab.methods.decoder.config import DecoderConfig
+from kvlab.methods.decoder.language_model import TokenModel
 from kvlab.methods.registry import from_dict, resolve
 from kvlab.methods.store import save
 from kvlab.platform.data import corpus
@@ -93,6 +94,20 @@ def test_the_full_cache_differs_from_itself_in_nothing(full):
         assert part["accuracy"] == part["full_accuracy"] == 1
         assert {cell["void"] for cell in part["cells"]} == {None}
         assert len(part["cells"]) == 2 * 2 * 3
+
+
+def test_the_full_cache_is_not_run_beside_itself(evaluate, full, monkeypatch):
+    starts = []
+    start = TokenModel.start
+
+    def counted(self, ids, *rest, **more):
+        starts.append(more["apply"])
+        return start(self, ids, *rest, **more)
+
+    monkeypatch.setattr(TokenModel, "start", counted)
+    found = evaluate(metrics=["divergence"], batch_size=1000)
+    assert starts == [None]
+    assert found["divergence"]["prompts"] == full["divergence"]["prompts"]
 
 
 @pytest.mark.parametrize("apply", [
