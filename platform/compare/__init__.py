@@ -78,7 +78,7 @@ def _place(html: Path | None, comparison: Comparison) -> Path | None:
     """Where the report of a run that ended goes; None: there is nothing to report."""
     from kvlab.platform.compare.place import default_place
 
-    if not comparison.measured and not comparison.calibrations:
+    if not (comparison.measured or comparison.calibrations or comparison.guesses):
         return None
     return html or default_place(comparison.name, comparison.workflow_id)
 
@@ -92,7 +92,7 @@ def report_of(store: Store, workflow_id: int, state: WorkflowState | None = None
     from kvlab.platform.compare.build import compare
 
     comparison = compare(store.load(workflow_id))
-    if not comparison.arms and not comparison.calibrations:
+    if not (comparison.arms or comparison.calibrations or comparison.guesses):
         return None
     if state is not None:
         comparison = replace(comparison, state=state.value)

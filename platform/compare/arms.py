@@ -8,7 +8,7 @@ from typing import Any
 
 from kvlab.db.rows import JobRow
 from kvlab.db.states import TERMINAL, JobState
-from kvlab.platform.compare import calibrations
+from kvlab.platform.compare.given import given_text
 from kvlab.platform.compare.labels import (
     FULL,
     Parameter,
@@ -23,6 +23,8 @@ from kvlab.platform.compare.samples import READERS, Key, Reading, Recalled, Samp
 
 OF = "of"
 """The role in which a measuring job names the model it measures."""
+PREPARING = frozenset({"calibrate", "label", "controller"})
+"""Kinds that name a model and say nothing of how good it is: other jobs go on from theirs."""
 
 
 @dataclass(slots=True)
@@ -72,13 +74,13 @@ def gather(jobs: Sequence[JobRow]) -> list[Draft]:
     measured = [
         (row, by_name[row.parents[OF]])
         for row in jobs
-        if OF in row.parents and row.kind != calibrations.KIND
+        if OF in row.parents and row.kind not in PREPARING
     ]
     names = _names(jobs, measured)
 
     for row, model in measured:
-        budgets = calibrations.budgets_text(row, by_name)
-        draft = _draft(drafts, names, model, row.spec.get("apply") or {}, budgets)
+        given = given_text(row, by_name)
+        draft = _draft(drafts, names, model, row.spec.get("apply") or {}, given)
         draft.models.setdefault(seed_of(model), model)
         draft.measurements.append(row)
         reader = READERS.get(row.kind)
@@ -105,14 +107,14 @@ def _draft(
     names: tuple[set[Parameter], set[Parameter]],
     model: JobRow,
     applied: Mapping[str, Any],
-    budgets: str = "",
+    given: str = "",
 ) -> Draft:
     trained_names, applied_names = names
     axes = {key: value for key, value in model.axes.items() if key != "seed"}
-    key = (model.job, canonical(axes), canonical(applied) + budgets)
+    key = (model.job, canonical(axes), canonical(applied) + given)
     if key not in drafts:
         used = method_text(with_its_budget(applied), applied_names)
-        apply = " with ".join(filter(None, (used, budgets)))
+        apply = " with ".join(filter(None, (used, given)))
         name = arm_name(model.job, axes, apply)
         # Only axes that JSON tells apart and text does not, as 1 and "1", can meet here.
         same = sum(

@@ -12,6 +12,7 @@ from kvlab.platform.compare.arms import Draft, gather, missing, seed_of
 from kvlab.platform.compare.calibrations import read_calibrations
 from kvlab.platform.compare.cells import mean_cells
 from kvlab.platform.compare.columns import Layout, lay_out
+from kvlab.platform.compare.controllers import read_guesses
 from kvlab.platform.compare.differences import Samples, change, contrast, mean_contrast, verdict
 from kvlab.platform.compare.labels import grouped, listed
 from kvlab.platform.compare.metrics import METRICS, Place
@@ -61,6 +62,7 @@ def compare(workflow: Workflow) -> Comparison:
         jobs=_states(workflow.jobs),
         measured=measured,
         calibrations=read_calibrations(workflow.jobs),
+        guesses=read_guesses(workflow.jobs),
     )
 
 

@@ -9,11 +9,8 @@ from typing import Any
 
 from kvlab.db.rows import JobRow
 from kvlab.db.states import JobState
-from kvlab.platform.compare.labels import axes_text
 
 KIND = "calibrate"
-BUDGETS = "budgets"
-"""The role in which a measuring job names the calibrate job whose budgets it was given."""
 LOW, HIGH, LOWER, UPPER = "0.05", "0.95", "0.25", "0.75"
 
 
@@ -77,21 +74,6 @@ def read_calibrations(jobs: Sequence[JobRow]) -> tuple[Calibration, ...]:
     """Return what the finished calibrate jobs of a workflow found, in its order."""
     done = [r for r in jobs if r.kind == KIND and r.state is JobState.DONE and r.result]
     return tuple(_read(row, row.result or {}) for row in done)
-
-
-def budgets_text(row: JobRow, by_name: Mapping[str, JobRow]) -> str:
-    """`budgets of groups[p=0.2]` for a measuring job that was given fixed ones; else nothing.
-
-    Those of another job's model say whose they are: `budgets of groups[of=base]`.
-    """
-    source = by_name.get(row.parents.get(BUDGETS, ""))
-    if source is None:
-        return ""
-    inside = axes_text(source.axes)
-    own, other = (by_name.get(each.parents.get("of", "")) for each in (row, source))
-    if own is not None and other is not None and own.job != other.job:
-        inside = ", ".join(filter(None, (f"of={other.job}", inside)))
-    return f"budgets of {source.job}[{inside}]" if inside else f"budgets of {source.job}"
 
 
 def calibrations_in_words(calibrations: Sequence[Calibration]) -> list[str]:

@@ -8,6 +8,7 @@ from math import isfinite
 from typing import Any, Literal
 
 from kvlab.platform.compare.calibrations import Calibration
+from kvlab.platform.compare.controllers import Guess
 from kvlab.platform.compare.metrics import METRICS, Metric, Place
 from kvlab.platform.compare.samples import Recalled
 
@@ -157,7 +158,7 @@ class Comparison:
         columns: in the order of tables; those marked `headline` make the main one.
         notes: what a reader must know before believing a number.
         measured: whether some arm has a number; where jobs measure, one that was measured.
-        calibrations: what its calibrate jobs found.
+        calibrations: what its calibrate jobs found. guesses: what its controller jobs found.
         environments: device descriptions seen in benchmarks, each with the settings it belongs to.
     """
 
@@ -176,6 +177,7 @@ class Comparison:
     jobs: Mapping[str, int]
     measured: bool
     calibrations: tuple[Calibration, ...] = ()
+    guesses: tuple[Guess, ...] = ()
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.id == name)

@@ -12,6 +12,7 @@ from typing import Any
 
 import kvlab
 from kvlab.platform.compare.calibration_sheet import calibration_sheets
+from kvlab.platform.compare.controller_sheet import controller_sheets
 from kvlab.platform.compare.curves import Curve
 from kvlab.platform.compare.model import Comparison
 from kvlab.platform.compare.place import MARK
@@ -51,7 +52,7 @@ def render(comparison: Comparison, curves: Mapping[str, Curve]) -> str:
     library = get_plotlyjs() if drawn else ""
     script = DRAW if drawn else ""
     sheets = [main_sheet(comparison), *further_sheets(comparison)] if comparison.arms else []
-    sheets += calibration_sheets(comparison)
+    sheets += [*calibration_sheets(comparison), *controller_sheets(comparison)]
     shade = colours(comparison)
     return environment.get_template("report.html.j2").render(
         comparison=comparison,

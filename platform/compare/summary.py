@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvlab.platform.compare.calibrations import calibrations_in_words
+from kvlab.platform.compare.controllers import guesses_in_words
 from kvlab.platform.compare.formats import amount_text, percent_text, signed_text
 from kvlab.platform.compare.labels import grouped, listed
 from kvlab.platform.compare.metrics import Metric
@@ -22,6 +23,7 @@ DEFAULT = (
 def summarise_in_words(comparison: Comparison) -> list[str]:
     """Return sentences: what was compared, each arm against the baseline, and what is worth it."""
     calibrated = calibrations_in_words(comparison.calibrations[:MOST_ARMS])
+    calibrated += guesses_in_words(comparison.guesses)[:MOST_ARMS]
     if not comparison.arms:
         return calibrated or ["This workflow measures no model, so there is nothing to compare."]
     if not comparison.measured:

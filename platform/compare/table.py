@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvlab.platform.compare.calibration_sheet import calibration_sheets
+from kvlab.platform.compare.controller_sheet import controller_sheets
 from kvlab.platform.compare.model import Comparison
 from kvlab.platform.compare.sheets import Cell, Heading, Sheet, Tone, further_sheets, main_sheet
 from kvlab.platform.compare.summary import summarise_in_words
@@ -37,7 +38,7 @@ def draw(comparison: Comparison, console: Console) -> None:
     if comparison.arms and comparison.measured:
         for sheet in (main_sheet(comparison), *further_sheets(comparison)):
             console.print(_sheet(sheet, console))
-    for sheet in calibration_sheets(comparison):
+    for sheet in (*calibration_sheets(comparison), *controller_sheets(comparison)):
         console.print(_sheet(sheet, console))
     for sentence in summarise_in_words(comparison):
         console.print(Text(f"• {sentence}"))
