@@ -28,6 +28,9 @@ class Cost(ABC):
     (else: no); `heads(config, method)`, heads that keep rows (else the KV heads); `slot_bytes(
     config, method)`, what a cache knows of a head's row, in bytes, where heads differ (else 0); and
     `voters(config, method, prompt)`, prompt queries whose attention is worked out a second time
+    (else none); `logged_bytes(config, method, tokens, itemsize)`, what a sequence of so many tokens
+    has beside its rows, `beside(config, method)`, rows that go through all layers beside that of a
+    decode step, and `step_flops(config, method, context)`, FLOPs of such a step outside the layers
     (else none). For budgets see `kvlab.methods.budget.cost`. A value of the precision axis has
     `row_bytes(config, method, itemsize)`, the bytes of a row of one KV layer, keys and values; it
     may have `extra_bytes(config, method, rows, itemsize)`, those of a layer of so many rows beside

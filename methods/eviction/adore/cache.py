@@ -30,7 +30,7 @@ class AdoreCache(EvictingCache):
     def __init__(self, ranking: Adore, opening: Opening, scores: Scores) -> None:
         super().__init__(ranking, opening)
         self._params, self._scores = ranking.params, scores
-        self.observes_all = self.observes_all or scores.wants_mass
+        self.observes_all = True
         self._masked = True  # rebuilt rows see no key from after them
         device = opening.device
         self._ids = torch.zeros(opening.batch, opening.rows + 1, dtype=torch.int32, device=device)

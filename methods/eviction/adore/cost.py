@@ -37,7 +37,10 @@ def beside(config: DecoderConfig, method: Method) -> float:
 
 
 def logged_bytes(config: DecoderConfig, method: Method, tokens: int, itemsize: int) -> float:
-    """Bytes of a sequence beside its slots: ids, scores, and what scores are made of."""
+    """Bytes of a sequence beside its slots: ids, scores, and what scores are made of.
+
+    The controller's weights, which all sequences of a batch share, are left out.
+    """
     params = _params(method)
     known = tokens + 1  # padding goes to a row of its own
     if params.source == "offload" and params.rebuild:
@@ -49,12 +52,6 @@ def logged_bytes(config: DecoderConfig, method: Method, tokens: int, itemsize: i
         return known * (ID + 2 * SCORE) + offloaded
     sizes = _sizes(params.controller, config)
     return known * (ID + SCORE + sizes.remembered * itemsize) + 4 * sizes.hidden + offloaded
-
-
-def shared_bytes(config: DecoderConfig, method: Method) -> float:
-    """Bytes that all sequences of a batch share: the controller's weights."""
-    params = _params(method)
-    return 0 if params.scores == "rule" else 4 * _sizes(params.controller, config).parameters
 
 
 def step_flops(config: DecoderConfig, method: Method, context: int) -> float:

@@ -89,5 +89,6 @@ ENTRY = Value(
     needs=lambda params: (
         "controller" if params.scores == "controller" and not params.controller else None
     ),
+    observes_all=True,  # attention received does; a controller would not
     sources=("kvlab.methods.eviction.adore",),
 )

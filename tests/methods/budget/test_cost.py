@@ -149,7 +149,7 @@ def test_who_sees_every_row_exits_no_layer_early() -> None:
 def combinations() -> list[dict[str, Any]]:
     """Every eviction alone, and with every other value of the axes that it reads."""
     found: list[dict[str, Any]] = [{"sliding_window": {"window": 9}}]
-    small = {"snapkv": {"window": 4}}
+    small: dict[str, Any] = {"snapkv": {"window": 4}, "adore": {"scores": "rule"}}
     for value in REGISTRY.values("eviction"):
         own = {value.name: small.get(value.name, {})}
         found.append(own)
