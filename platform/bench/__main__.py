@@ -32,11 +32,12 @@ BENCHES = (
     "decode",
     "sharing",
     "eviction",
+    "adore",
     "squeeze",
     "kvpress",
 )
 """Modules beside this one; each has `run() -> list[Line]`."""
-ON_GPU = ("training", "kv_bytes", "decode", "sharing", "eviction", "squeeze")
+ON_GPU = ("training", "kv_bytes", "decode", "sharing", "eviction", "adore", "squeeze")
 """Those whose `run` takes a device and a dtype."""
 
 

@@ -43,7 +43,8 @@ class AdoreCache(EvictingCache):
 
     def plan(self, step: Step) -> Extra | None:
         self._begin_pass()
-        self._see(step)
+        if self._seen + step.rows <= self._opening.rows:  # else it is refused next
+            self._see(step)
         super().plan(step)
         if not self._seen:
             return None
@@ -91,7 +92,7 @@ class AdoreCache(EvictingCache):
 
     def finish(self) -> None:
         if not self._seen and self._scores.wants_mass:
-            self._score(self._step.rows)
+            self._score(self._step.rows, anew=True)
         if self._params.readmit:
             self._readmit()
         super().finish()
@@ -143,12 +144,13 @@ class AdoreCache(EvictingCache):
         self._now = torch.where(places < self._opening.rows, places, EMPTY).amax(1, keepdim=True)
         self._scores.see(Fresh(embedded, places, counts))
         if self._seen or not self._scores.wants_mass:
-            self._score(self._seen + rows)
+            anew = not self._seen or rows > 1 or self._steps % self._params.refresh == 0
+            self._score(self._seen + rows, anew)
 
-    def _score(self, count: int) -> None:
-        """Score the first `count` positions anew; between refreshes, only what is held."""
+    def _score(self, count: int, anew: bool) -> None:
+        """Bring scores up to date: of the first `count` positions, or of what is held alone."""
         known = self._ranking.known
-        if not self._seen or self._step.rows > 1 or self._steps % self._params.refresh == 0:
+        if anew:
             known[:, :count] = self._scores.every(count, self._now)
             return
         for table in self._tables:

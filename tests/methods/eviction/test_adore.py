@@ -208,6 +208,27 @@ def at(session: Any) -> set[int]:
     return set(places.pop()) - {EMPTY}
 
 
+def test_between_refreshes_only_what_is_held_is_scored(model: TokenModel, folder: Path) -> None:
+    """A turn scores all tokens anew; a step of its own only those that a layer holds."""
+    ids, _, more = prompts()
+    text = ids[0].tolist()
+    adore = {"controller": str(folder), "refresh": 50}
+    method = resolve({"adore": adore, "uniform": {"tokens": 8}})
+    session = model.start(ids[:1], new_tokens=12, apply=method)
+    for rows in (1, 1, 3, 1):
+        turn = more[:rows, :1].T
+        before = at(session)
+        text += turn[0].tolist()
+        session.extend(turn) if rows > 1 else session.step(turn[0])
+        known = session._cache._ranking.known[0]
+        now = scores_of(model, folder, text)
+        right = {p for p in range(len(text)) if abs(float(known[p]) - now[p]) < 1e-5}
+        # The first step is a refresh of itself.
+        every = rows > 1 or len(text) == ids.shape[1] + 1
+        assert right >= before
+        assert (right == set(range(len(text)))) == every
+
+
 class Oracle(Scores):
     """Says of every place what it is told."""
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvlab.methods.registry import resolve
-from kvlab.platform.bench import eviction, kv_bytes, squeeze
+from kvlab.platform.bench import adore, eviction, kv_bytes, squeeze
 
 
 def test_every_policy_decodes_beside_full_attention(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,3 +68,17 @@ def test_the_line_of_bytes_is_that_of_the_worst() -> None:
     line = kv_bytes.line_of("x", {"a": (100, 100), "b": (103, 100)}, torch.float32)
     assert line.ours == pytest.approx(3.0)
     assert line.met is False
+
+
+def test_adore_takes_turns_with_full_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"PRESET": "nano", "PROMPT": 256, "BATCHES": (2,), "STEPS": 2, "REPEATS": 2}
+    for name, value in small.items():
+        monkeypatch.setattr(eviction, name, value)
+    lines = adore.run()
+    assert len(lines) == len(adore.REBUILT) + 2
+    by_rebuilt = {line.name.rsplit(": ", 1)[1]: line.detail or {} for line in lines}
+    predicted = [by_rebuilt[f"R = {r}"]["predicted_ratio_of_flops"] for r in adore.REBUILT]
+    assert predicted == sorted(predicted, reverse=True)
+    assert predicted[0] > 1 > predicted[-1]
+    offloaded = by_rebuilt["R = 8, offloaded"]
+    assert offloaded["kv_bytes"] > offloaded["their_kv_bytes"] > by_rebuilt["R = 8"]["kv_bytes"]
