@@ -39,6 +39,7 @@ class AdoreCache(EvictingCache):
         self._offloaded = Offloaded(opening) if fetches else None
         self._waits = self._waits or scores.wants_mass
         self._steps = 0
+        self._others: Tensor | None = None
         self._begin_pass()
 
     def plan(self, step: Step) -> Extra | None:
@@ -118,7 +119,7 @@ class AdoreCache(EvictingCache):
         return {"ids": self._ids, "known": self._ranking.known, **self._scores.tensors(), **rows}
 
     def _begin_pass(self) -> None:
-        self._others: Tensor | None = None
+        self._others = None
         self._beside: dict[int, tuple[Tensor, Tensor]] = {}
         self._read: dict[int, Tensor | None] = {}
         self._joins: dict[int, tuple[Tensor, Tensor]] = {}

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kvlab.methods.decoder.language_model import TokenModel
-from kvlab.methods.eviction.adore.controller import Controller, ControllerConfig
+from kvlab.methods.eviction.adore.controller import Controller
+from kvlab.methods.eviction.adore.sizes import ControllerConfig
 from kvlab.methods.store import load
 from kvlab.platform.jobs import environment
 from kvlab.platform.jobs.context import Context, Diverged, JobError, Stopped
@@ -89,19 +90,12 @@ def _train(
         if step % each == 0:
             order = torch.randperm(len(texts), generator=generator)
         rows = order[(step % each) * spec["batch_size"] :][: spec["batch_size"]]
-        count = min(spec["queries"], texts.shape[1])
-        # Tokens near the beginning have little before them to tell apart: from the second on.
-        current = (
-            1
-            + torch.rand(len(rows), texts.shape[1] - 1, generator=generator)
-            .topk(min(count, texts.shape[1] - 1))
-            .indices
-        )
+        current = _asked(len(rows), texts.shape[1], spec["queries"], generator)
         for group in optimizer.param_groups:
             group["lr"] = spec["learning_rate"] * _rate(step, steps)
         loss = _loss(controller, table, texts[rows], places[rows], current)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(controller.parameters(), 1.0)
         optimizer.step()
         losses.append(float(loss.detach()))
@@ -114,6 +108,12 @@ def _train(
             raise Stopped
     last = losses[-LOG_EVERY:]
     return math.fsum(last) / len(last), steps
+
+
+def _asked(batch: int, length: int, count: int, generator: torch.Generator) -> Tensor:
+    """Draw tokens that are scored for [batch, count], all but the first, which has no past."""
+    drawn = torch.rand(batch, length - 1, generator=generator)
+    return 1 + drawn.topk(min(count, length - 1)).indices
 
 
 def _rate(step: int, steps: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -20,6 +20,7 @@ from kvlab.platform.jobs.evaluate.windows import cut
 from kvlab.platform.jobs.label.recall import Recalls, kept_for
 
 FILE, RIVALS = "labels.safetensors", "rivals.json"
+Part = Literal["train", "heldout"]
 NONE = -1
 """Stands where a token has fewer before it than are labelled."""
 
@@ -51,10 +52,11 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
     rivals = Recalls(kept_for(top, length))
     published: dict[str, Tensor] = {}
     covered, done = [], 0
-    for part, count in (("train", spec["samples"]), ("heldout", spec["held_out"])):
+    parts: dict[Part, int] = {"train": spec["samples"], "heldout": spec["held_out"]}
+    for part, count in parts.items():
         ids = _texts(context, part, count, length, model.config.vocab_size)
         found = []
-        for batch in ids.split(spec["batch_size"]):
+        for batch in torch.split(ids, spec["batch_size"]):
             batch = batch.to(device)
             attended = attention(model, batch, aggregate=spec["aggregate"])
             marks = most_attended(attended, top)
@@ -84,7 +86,7 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
     }
 
 
-def _texts(context: Context, part: str, count: int, length: int, known: int) -> Tensor:
+def _texts(context: Context, part: Part, count: int, length: int, known: int) -> Tensor:
     text = corpus.load(context.inputs["data"], part)
     if text.vocab_size > known:
         raise JobError(
