@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,8 +104,8 @@ def _sqlite(url: URL, read_only: bool) -> Engine:
             connection.execute("PRAGMA foreign_keys = ON")
             # A killed process loses nothing it committed; a power cut may undo the newest commits.
             connection.execute("PRAGMA synchronous = NORMAL")
-            if not read_only and connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
-                connection.execute("PRAGMA journal_mode = WAL")
+            if not read_only:
+                _write_ahead(connection)
         except BaseException:
             connection.close()
             raise
@@ -113,6 +114,21 @@ def _sqlite(url: URL, read_only: bool) -> Engine:
     engine = create_engine("sqlite+pysqlite://", creator=open_file, poolclass=QueuePool)
     event.listen(engine, "begin", _begin)
     return engine
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Turn on the write-ahead log, which a file keeps; wait for others that do the same.
+
+    SQLite answers a second one that switches "database is locked" at once, whatever its timeout.
+    """
+    patience = time.monotonic() + WAIT_SECONDS
+    while connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError:
+            if time.monotonic() > patience:
+                raise
+            time.sleep(0.01)
 
 
 def _check_header(path: Path, place: str) -> None:
