@@ -79,6 +79,6 @@ def test_adore_takes_turns_with_full_attention(monkeypatch: pytest.MonkeyPatch) 
     by_rebuilt = {line.name.rsplit(": ", 1)[1]: line.detail or {} for line in lines}
     predicted = [by_rebuilt[f"R = {r}"]["predicted_ratio_of_flops"] for r in adore.REBUILT]
     assert predicted == sorted(predicted, reverse=True)
-    assert predicted[0] > 1 > predicted[-1]
+    assert predicted[0] / predicted[-1] > 10  # 17 rows instead of one
     offloaded = by_rebuilt["R = 8, offloaded"]
     assert offloaded["kv_bytes"] > offloaded["their_kv_bytes"] > by_rebuilt["R = 8"]["kv_bytes"]
