@@ -73,7 +73,7 @@ def test_the_store_is_shown_and_ctrl_c_ends_it(
     run = runs["runs"][0]["info"]["run_id"]
     assert ask(port, f"/get-artifact?path=report.html&run_id={run}") == "<p>compared</p>"
     served.send_signal(signal.SIGINT)
-    assert served.wait(30) == 0
+    assert served.wait(90) == 0
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mlflow-artifacts", "mlflow.db"]
