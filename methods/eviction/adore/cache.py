@@ -9,12 +9,15 @@ from torch import Tensor
 from kvlab import KvlabError
 from kvlab.kernels.attention import EMPTY
 from kvlab.methods.cache.evicting import EvictingCache
-from kvlab.methods.cache.interface import Extra, Keys, Step
+from kvlab.methods.cache.interface import Extra, Keys, Step, copy_saved
 from kvlab.methods.cache.opening import Opening
 from kvlab.methods.cache.table import Table
 from kvlab.methods.eviction.adore.offload import Offloaded
 from kvlab.methods.eviction.adore.ranking import Adore
 from kvlab.methods.eviction.adore.scores import Fresh, Scores
+
+LOG = "adore."
+"""Begins the names of what a saved cache keeps of every token."""
 
 
 class AdoreCache(EvictingCache):
@@ -104,14 +107,14 @@ class AdoreCache(EvictingCache):
         return super().nbytes() + logged + self._scores.shared_bytes()
 
     def state(self) -> dict[str, Tensor]:
-        logged = {f"adore.{name}": tensor for name, tensor in self._logged().items()}
-        return {**super().state(), **logged, "adore.steps": torch.tensor(self._steps)}
+        logged = {f"{LOG}{name}": tensor for name, tensor in self._logged().items()}
+        return {**super().state(), **logged, "steps": torch.tensor(self._steps)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
+        logged = {f"{LOG}{name}": tensor for name, tensor in self._logged().items()}
+        copy_saved({name: t for name, t in state.items() if name.startswith(LOG)}, logged)
         super().restore(state)
-        for name, tensor in self._logged().items():
-            tensor.copy_(state[f"adore.{name}"])
-        self._steps = int(state["adore.steps"])
+        self._steps = int(state["steps"])
 
     def _logged(self) -> dict[str, Tensor]:
         """What is kept of every token, released or not."""
