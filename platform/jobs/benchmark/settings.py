@@ -10,8 +10,7 @@ from pydantic import Field, model_validator
 from kvlab.methods.axis import Method
 from kvlab.methods.registry import resolve
 from kvlab.platform.graph import Resources
-from kvlab.platform.jobs.calibrate import budgets
-from kvlab.platform.jobs.controller import role as controller
+from kvlab.platform.jobs import given
 from kvlab.platform.jobs.dtype import Dtype, dtype_of
 from kvlab.platform.jobs.field import nested
 from kvlab.platform.jobs.kind import Kind, Parent, Prediction, References, Settings, Surroundings
@@ -50,23 +49,15 @@ class Benchmark(Kind):
 
     name = "benchmark"
     settings = BenchmarkSettings
-    references: ClassVar[References] = {
-        "of": "many",
-        budgets.ROLE: "one",
-        controller.ROLE: "one",
-    }
-    reference_kinds: ClassVar[Mapping[str, str]] = {
-        budgets.ROLE: "calibrate",
-        controller.ROLE: "controller",
-    }
+    references: ClassVar[References] = {"of": "many", **given.REFERENCES}
+    reference_kinds = given.KINDS
     measured = True
     resources = Resources(exclusive=True)
 
     def resolve(self, settings: Settings, around: Surroundings) -> dict[str, Any]:
         assert isinstance(settings, BenchmarkSettings)
-        given = {budgets.ROLE: settings.budgets, controller.ROLE: settings.controller}
         return {
-            **{role: True for role, job in given.items() if job is not None},
+            **given.spec_of(settings),
             "prompt": settings.prompt,
             "generate": settings.generate,
             "batch": list(settings.batch),
@@ -84,8 +75,7 @@ class Benchmark(Kind):
         made = method_of(trained)
         yield from compatible(settings.apply, config, "apply", trained=made)
         yield from short_of(settings.apply, made, settings.prompt, "apply")
-        yield from budgets.problems(settings.apply, around)
-        yield from controller.problems(settings.apply, around)
+        yield from given.problems(settings.apply, around)
         if settings.prompt + settings.generate > config.max_positions:
             yield (
                 "generate",
@@ -100,8 +90,7 @@ class Benchmark(Kind):
             "kvlab.platform.jobs.memory",
             *MODEL_SOURCES,
             *axis_sources(method_of(spec["apply"])),
-            *budgets.sources(spec),
-            *controller.sources(spec),
+            *given.sources(spec),
         )
 
     def predict(self, spec: Mapping[str, Any], parents: Mapping[str, Parent]) -> Prediction:

@@ -10,8 +10,7 @@ from pydantic import Field
 from kvlab.methods.axis import Method
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.registry import resolve
-from kvlab.platform.jobs.calibrate import budgets
-from kvlab.platform.jobs.controller import role as controller
+from kvlab.platform.jobs import given
 from kvlab.platform.jobs.cost import OF_QUESTIONS, OF_WINDOWS
 from kvlab.platform.jobs.dtype import Dtype, dtype_of
 from kvlab.platform.jobs.kind import Kind, Parent, Prediction, References, Settings, Surroundings
@@ -69,15 +68,8 @@ class Evaluate(Kind):
 
     name = "evaluate"
     settings = EvaluateSettings
-    references: ClassVar[References] = {
-        "of": "many",
-        budgets.ROLE: "one",
-        controller.ROLE: "one",
-    }
-    reference_kinds: ClassVar[Mapping[str, str]] = {
-        budgets.ROLE: "calibrate",
-        controller.ROLE: "controller",
-    }
+    references: ClassVar[References] = {"of": "many", **given.REFERENCES}
+    reference_kinds = given.KINDS
     needs_data = True
 
     def resolve(self, settings: Settings, around: Surroundings) -> dict[str, Any]:
@@ -93,10 +85,7 @@ class Evaluate(Kind):
             "dtype": dtype_of(settings.dtype, around),
             "seed": around.seed,
         }
-        if settings.budgets is not None:
-            spec[budgets.ROLE] = True
-        if settings.controller is not None:
-            spec[controller.ROLE] = True
+        spec |= given.spec_of(settings)
         if "divergence" in settings.metrics:
             prompt = settings.prompt or length // 2
             generate = settings.generate or length - prompt
@@ -116,8 +105,7 @@ class Evaluate(Kind):
         made = method_of(trained)
         yield from compatible(settings.apply, config, "apply", trained=made)
         yield from short_of(settings.apply, made, _shortest(settings, length), "apply")
-        yield from budgets.problems(settings.apply, around)
-        yield from controller.problems(settings.apply, around)
+        yield from given.problems(settings.apply, around)
         yield from _uncut(settings)
         span = made.span()
         if length % span or length < 2 * span:
@@ -145,8 +133,7 @@ class Evaluate(Kind):
             "kvlab.platform.jobs.evaluate",
             *MODEL_SOURCES,
             *axis_sources(method_of(spec["apply"])),
-            *budgets.sources(spec),
-            *controller.sources(spec),
+            *given.sources(spec),
         )
 
     def predict(self, spec: Mapping[str, Any], parents: Mapping[str, Parent]) -> Prediction:
