@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
@@ -191,6 +191,15 @@ def _sizes(model: Mapping[str, Any]) -> DecoderConfig:
 def lineage(parent: Parent) -> tuple[DecoderConfig, dict[str, Any]]:
     """Return the sizes and the canonical train-time method of the model that `parent` publishes."""
     return config_of(_origin(parent).spec["model"]), dict(parent.spec.get("method", {}))
+
+
+def beyond_positions(length: int, config: DecoderConfig) -> Iterator[tuple[str, str]]:
+    """Yield (field, problem) where texts of `sequence_length` tokens are too long for a model."""
+    if length > config.max_positions:
+        yield (
+            "sequence_length",
+            f"must be at most the model's max_positions ({config.max_positions}), found {length}",
+        )
 
 
 def model_key(parent: Parent) -> str:

@@ -11,7 +11,7 @@ from kvlab.platform.jobs.dtype import Dtype, dtype_of
 from kvlab.platform.jobs.field import nested
 from kvlab.platform.jobs.kind import Kind, Parent, Prediction, References, Settings, Surroundings
 from kvlab.platform.jobs.method import axis_sources
-from kvlab.platform.jobs.model import MODEL_SOURCES, lineage, method_of
+from kvlab.platform.jobs.model import MODEL_SOURCES, beyond_positions, lineage, method_of
 from kvlab.platform.jobs.reference import Many
 
 Importance = Literal["cosine", "mass"]
@@ -91,12 +91,7 @@ class Calibrate(Kind):
                 f"must be whole blocks of '{model.name}', whose block length is {span}, "
                 f"found {length}",
             )
-        if length > config.max_positions:
-            yield (
-                "sequence_length",
-                f"must be at most the model's max_positions ({config.max_positions}), "
-                f"found {length}",
-            )
+        yield from beyond_positions(length, config)
 
     def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
         return (

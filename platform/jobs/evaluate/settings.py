@@ -15,7 +15,7 @@ from kvlab.platform.jobs.cost import OF_QUESTIONS, OF_WINDOWS
 from kvlab.platform.jobs.dtype import Dtype, dtype_of
 from kvlab.platform.jobs.kind import Kind, Parent, Prediction, References, Settings, Surroundings
 from kvlab.platform.jobs.method import MethodField, axis_sources, canonical, compatible, short_of
-from kvlab.platform.jobs.model import MODEL_SOURCES, lineage, method_of
+from kvlab.platform.jobs.model import MODEL_SOURCES, beyond_positions, lineage, method_of
 from kvlab.platform.jobs.quantities import Count
 from kvlab.platform.jobs.reference import Many, One
 
@@ -114,12 +114,7 @@ class Evaluate(Kind):
                 f"must be two or more blocks of '{around.parents['of'].name}', whose block length "
                 f"is {span}, found {length}",
             )
-        if length > config.max_positions:
-            yield (
-                "sequence_length",
-                f"must be at most the model's max_positions ({config.max_positions}), "
-                f"found {length}",
-            )
+        yield from beyond_positions(length, config)
         yield from _misplaced(settings)
         if "divergence" in settings.metrics:
             yield from _prompt_problems(settings, length, _first_target(around), config)

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from kvlab.platform.jobs.dtype import Dtype, dtype_of
 from kvlab.platform.jobs.kind import Kind, Parent, Prediction, References, Settings, Surroundings
-from kvlab.platform.jobs.model import MODEL_SOURCES, lineage, method_of
+from kvlab.platform.jobs.model import MODEL_SOURCES, beyond_positions, lineage, method_of
 from kvlab.platform.jobs.reference import One
 
 
@@ -67,12 +67,7 @@ class Label(Kind):
                 f"must be below the {length} tokens of a text, found {settings.top}: "
                 "else every token is labelled",
             )
-        if length > config.max_positions:
-            yield (
-                "sequence_length",
-                f"must be at most the model's max_positions ({config.max_positions}), "
-                f"found {length}",
-            )
+        yield from beyond_positions(length, config)
 
     def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
         return (

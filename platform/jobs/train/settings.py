@@ -19,6 +19,7 @@ from kvlab.platform.jobs.model import (
     MODEL_SOURCES,
     ModelError,
     ModelSettings,
+    beyond_positions,
     config_of,
     method_of,
     resolve_model,
@@ -174,8 +175,4 @@ def optimization_problems(
             f"its block length must divide sequence_length ({length}) into two blocks or more, "
             f"found {span}",
         )
-    if length > config.max_positions:
-        yield (
-            "sequence_length",
-            f"must be at most the model's max_positions ({config.max_positions}), found {length}",
-        )
+    yield from beyond_positions(length, config)
