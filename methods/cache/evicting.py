@@ -125,7 +125,7 @@ class EvictingCache(Cache):
             k, v = torch.cat((k, fresh[0]), dim=2), torch.cat((v, fresh[1]), dim=2)
             own = self._positions().unsqueeze(1).expand(-1, held.shape[1], -1)
             held = torch.cat((held, own), dim=-1)
-        return Keys(k, v, held if held.shape[1] > 1 else table.once(held))
+        return Keys(k, v, held if held.shape[1] > 1 else table.once(layer, held))
 
     def rotary_positions(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         if not self._seen:
@@ -255,7 +255,7 @@ class EvictingCache(Cache):
         positions = self._positions().unsqueeze(1)
         for layer in sorted(self._readers):
             table = self._new_table([layer], probe)
-            ranks = table.ranks(positions, self._marks.get(layer), self._newest, None)
+            ranks = table.ranks(positions, self._marks.get(layer), self._newest, None, (layer,))
             found.append(ranks.mean(1))
         return torch.stack(found, dim=1)
 
@@ -309,7 +309,9 @@ class EvictingCache(Cache):
     def _install(self, layer: int, rows: Held, lengths: Tensor) -> None:
         """Copy the best of so many rows [B] (on the CPU) into the layer's own slots."""
         table = self._table[layer]
-        chosen = table.choose(rows.positions, rows.scores, self._newest, self._window(table))
+        chosen = table.choose(
+            layer, rows.positions, rows.scores, self._newest, self._window(table)
+        )
         table.install(layer, chosen, rows.positions, rows.scores)
         counts = torch.minimum(table.budgets, lengths)
         self._storage[layer].fill(chosen.rows(rows.k), chosen.rows(rows.v), counts)

@@ -21,6 +21,7 @@ class Rows(NamedTuple):
     newest: [B, 1, 1], the position of each sample's newest row.
     budget: [B, 1, 1], past rows that each sample may keep.
     heads: that the cache holds rows for.
+    layers: the KV layers of the leading dimension; of one, or of rows that all share, without it.
     """
 
     positions: Tensor
@@ -28,6 +29,7 @@ class Rows(NamedTuple):
     newest: Tensor
     budget: Tensor
     heads: int
+    layers: tuple[int, ...]
 
 
 class Ranking(Eviction):
@@ -38,12 +40,14 @@ class Ranking(Eviction):
 
     Attributes:
         by_head: KV heads keep rows of their own, ranked by scores of their own.
+        by_layer: KV layers do, their heads together; else those with the same budget keep alike.
         grows: rows that come after the prompt always stay: `rank` decides over the prompt alone.
         in_cache: positions count the rows that are held, instead of those of the text.
         by_turn: room is made before a turn, see `Cache.reserve`; nothing leaves within.
     """
 
     by_head: bool = False
+    by_layer: bool = False
     grows: bool = False
     in_cache: bool = False
     by_turn: bool = False

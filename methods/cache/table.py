@@ -71,8 +71,9 @@ class Table:
         device: torch.device,
     ) -> None:
         self.ranking, self.capacity, self.heads = ranking, rows, heads
-        self.place_of = {layer: i if ranking.by_head else 0 for i, layer in enumerate(layers)}
-        copies = len(layers) if ranking.by_head else 1
+        self.layers, self.apart = tuple(layers), ranking.by_head or ranking.by_layer
+        self.place_of = {layer: i if self.apart else 0 for i, layer in enumerate(layers)}
+        copies = len(layers) if self.apart else 1
         shape = (copies, len(budgets), heads if ranking.by_head else 1, rows)
         self.positions = torch.full(shape, EMPTY, device=device)
         self.scores = torch.zeros(shape, device=device) if scored else None
@@ -91,7 +92,7 @@ class Table:
         """Forget what was worked out for the last pass."""
         self._chosen: Chosen | None = None
         self._merged: Tensor | None = None
-        self._readable: dict[int, Tensor] = {}
+        self._readable: dict[tuple[int, int], Tensor] = {}
         self._standing: dict[int, tuple[Tensor, Tensor]] = {}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -114,9 +115,14 @@ class Table:
         return None if self.scores is None else self.scores[self.place_of[layer]]
 
     def choose(
-        self, positions: Tensor, scores: Tensor | None, newest: Tensor, window: int | None
+        self,
+        layer: int,
+        positions: Tensor,
+        scores: Tensor | None,
+        newest: Tensor,
+        window: int | None,
     ) -> Chosen:
-        """Choose among rows [B, H or 1, S] which stay.
+        """Choose among rows [B, H or 1, S] of a layer which stay.
 
         Args:
             scores: [B, H, S]. newest: [B, 1, 1].
@@ -124,7 +130,7 @@ class Table:
         """
         if self._chosen is not None:
             return self._chosen
-        ranks = self.ranks(positions, scores, newest, window)
+        ranks = self.ranks(positions, scores, newest, window, (layer,))
         rows = ranks.shape[-1]
         keep = min(self.keeps, rows)
         best = ranks.sort(dim=-1, descending=True, stable=True)
@@ -133,19 +139,29 @@ class Table:
         standing = positions.expand_as(ranks).gather(-1, index)
         order = standing.masked_fill(~held, torch.iinfo(standing.dtype).max).argsort(-1)
         chosen = Chosen(index.gather(-1, order), held.gather(-1, order))
-        if not self.ranking.by_head:
+        if not self.apart:
             self._chosen = chosen
         return chosen
 
     def ranks(
-        self, positions: Tensor, scores: Tensor | None, newest: Tensor, window: int | None
+        self,
+        positions: Tensor,
+        scores: Tensor | None,
+        newest: Tensor,
+        window: int | None,
+        layers: tuple[int, ...] | None = None,
     ) -> Tensor:
-        """Rank rows [..., B, H or 1, S]; -inf where there is none."""
+        """Rank rows [..., B, H or 1, S]; -inf where there is none.
+
+        Args: layers: whose rows they are, see `Rows`; None: all of the table's.
+        """
         if scores is None and self.ranking.voters(prompt=True) is not None:
             # Nobody read them: in one pass over a prompt, layers below do not find them yet.
             shape = (*positions.shape[:-2], self.heads, positions.shape[-1])
             scores = torch.zeros(shape, device=positions.device)
-        ranks = self.ranking.rank(Rows(positions, scores, newest, self.budget, self.heads))
+        ranks = self.ranking.rank(
+            Rows(positions, scores, newest, self.budget, self.heads, layers or self.layers)
+        )
         if window is not None:
             lowest = torch.finfo(ranks.dtype).min
             ranks = ranks.masked_fill(positions <= newest + 1 - window, lowest)
@@ -164,14 +180,12 @@ class Table:
         self.low, self.high = int(counts.min()), int(counts.max())
         self.count.copy_(counts[:, None, None])
 
-    def once(self, held: Tensor) -> Tensor:
-        """Positions [B, S] of rows [B, 1, S]: one object for all layers, so one mask is made.
+    def once(self, layer: int, held: Tensor) -> Tensor:
+        """Positions [B, S] of rows [B, 1, S]: one object where layers keep alike, so one mask.
 
         By how many there are: a layer may be read without a turn's rows, and again with them.
         """
-        if held.shape[-1] not in self._readable:
-            self._readable[held.shape[-1]] = held[:, 0]
-        return self._readable[held.shape[-1]]
+        return self._readable.setdefault((self.place_of[layer], held.shape[-1]), held[:, 0])
 
     def step(self, newest: Tensor, window: int | None) -> None:
         """Take a slot for one new row of each sample, position `newest` [B, 1, 1]."""
@@ -212,7 +226,7 @@ class Table:
             both = None
             if scores is not None and fresh_scores is not None:
                 both = torch.cat((scores, fresh_scores), dim=-1)
-            ranks = self.ranks(joined, both, newest, window)
+            ranks = self.ranks(joined, both, newest, window, (layer,))
             order = ranks.argsort(dim=-1, descending=True, stable=True)
             rank = torch.empty_like(order)
             every = torch.arange(rank.shape[-1], device=rank.device)
@@ -229,7 +243,7 @@ class Table:
         self._enter(own, held, slots, fresh)
         if scores is not None and fresh_scores is not None:
             self._enter(scores, scores.clone(), slots, fresh_scores)
-        if not self.ranking.by_head:
+        if not self.apart:
             self._merged = slots
         return slots
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,7 +39,10 @@ class AdoreCache(EvictingCache):
         self._masked = True  # rebuilt rows see no key from after them
         device = opening.device
         self._ids = torch.zeros(opening.batch, opening.rows + 1, dtype=torch.int32, device=device)
-        ranking.known = torch.full(self._ids.shape, float("-inf"), device=device)
+        count = scores.layers
+        self._number = {kv: i if count > 1 else 0 for i, kv in enumerate(sorted(self._readers))}
+        self._known = torch.full((count, *self._ids.shape), float("-inf"), device=device)
+        ranking.known = self._number, self._known
         fetches = ranking.params.source == "offload" and ranking.params.rebuild
         self._offloaded = Offloaded(opening) if fetches else None
         self._waits = self._waits or scores.wants_mass
@@ -75,7 +80,7 @@ class AdoreCache(EvictingCache):
 
     def read(self, layer: int) -> Keys | None:
         keys, beside = super().read(layer), self._beside.get(layer)
-        if keys is not None and beside is None:
+        if keys is not None and beside is None and keys.positions is not None:
             self._read[layer] = keys.positions
         if keys is None or beside is None:
             return keys
@@ -90,8 +95,9 @@ class AdoreCache(EvictingCache):
     def observe(self, layer: int, before: Tensor, after: Tensor, key_mass: Tensor | None) -> None:
         rows = self._step.rows
         if self._scores.wants_mass and key_mass is not None:
-            read = self._read.get(self._kv_of[layer])
-            self._scores.credit(key_mass.sum(1), self._positions() if read is None else read)
+            kv = self._kv_of[layer]
+            read = self._read.get(kv, self._positions())
+            self._scores.credit(self._number[kv], key_mass.sum(1), read)
         super().observe(layer, before[:, :rows], after[:, :rows], key_mass)
 
     def finish(self) -> None:
@@ -119,13 +125,13 @@ class AdoreCache(EvictingCache):
     def _logged(self) -> dict[str, Tensor]:
         """What is kept of every token, released or not."""
         rows = {} if self._offloaded is None else self._offloaded.tensors()
-        return {"ids": self._ids, "known": self._ranking.known, **self._scores.tensors(), **rows}
+        return {"ids": self._ids, "known": self._known, **self._scores.tensors(), **rows}
 
     def _begin_pass(self) -> None:
         self._others = None
         self._beside: dict[int, tuple[Tensor, Tensor]] = {}
-        self._read: dict[int, Tensor | None] = {}
-        self._joins: dict[int, tuple[Tensor, Tensor]] = {}
+        self._read: dict[int, Tensor] = {}
+        self._joins: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def _see(self, step: Step) -> None:
         """Take in the pass's tokens, and score all of them for its last one."""
@@ -153,14 +159,14 @@ class AdoreCache(EvictingCache):
 
     def _score(self, count: int, anew: bool) -> None:
         """Bring scores up to date: of the first `count` positions, or of what is held alone."""
-        known = self._ranking.known
         if anew:
-            known[:, :count] = self._scores.every(count, self._now)
+            self._known[:, :, :count] = self._scores.every(count, self._now)
             return
-        for table in self._tables:
-            held = table.positions[0, :, 0]
+        for layer, held in self._held():
+            number = self._number[layer]
             place = torch.where(held == EMPTY, self._opening.rows, held)
-            known.scatter_(1, place, self._scores.of(place, self._now))
+            found = self._scores.of(number, place, self._now)
+            self._known[number].scatter_(1, place, found)
 
     def _rebuilt(self, step: Step) -> Tensor | None:
         """Choose what to rebuild: positions [B, R], EMPTY where fewer tokens were released."""
@@ -171,9 +177,7 @@ class AdoreCache(EvictingCache):
         if step.rows == 1 and self._steps % params.every:
             return None
         count = self._seen + step.rows
-        places = torch.arange(count, device=self._ids.device)
-        away = ~self._kept(count) & (places <= self._now)
-        scores = self._ranking.known[:, :count].masked_fill(~away, float("-inf"))
+        scores, away = self._released(count)
         each = params.context + 1
         best = scores.topk(min(params.rebuild // each, count), dim=-1)
         limit = float("-inf") if params.threshold is None else _logit(params.threshold)
@@ -189,34 +193,50 @@ class AdoreCache(EvictingCache):
         there = away.gather(1, ordered.clamp_min(0))
         return ordered.masked_fill(twice | ~there, EMPTY)
 
-    def _kept(self, count: int) -> Tensor:
-        """Mark [B, count] what every layer holds, and the rows of this pass."""
-        kept = torch.ones(len(self._ids), count, dtype=torch.bool, device=self._ids.device)
-        own = self._positions()
+    def _held(self) -> Iterator[tuple[int, Tensor]]:
+        """For all that keep rows alike, one KV layer and the positions [B, C] that it holds."""
         for table in self._tables:
-            held = torch.cat((table.positions[0, :, 0], own), dim=1)
-            place = torch.where(held == EMPTY, self._opening.rows, held)
-            mark = torch.zeros_like(self._ids, dtype=torch.bool).scatter_(1, place, True)
-            kept &= mark[:, :count]
-        return kept
+            for layer, held in zip(table.layers, table.positions[:, :, 0], strict=False):
+                yield layer, held
+
+    def _released(self, count: int) -> tuple[Tensor, Tensor]:
+        """What a layer lacks of the first `count` positions, but for the rows of this pass.
+
+        Returns: the highest score [B, count] in a layer that lacks it, -inf where none does; and
+            a mark [B, count] where one does.
+        """
+        own = self._positions()
+        past = torch.arange(count, device=own.device) <= self._now
+        away = torch.zeros_like(past)
+        scores = torch.full(past.shape, float("-inf"), device=own.device)
+        for layer, held in self._held():
+            place = torch.cat((held, own), dim=1)
+            place = torch.where(place == EMPTY, self._opening.rows, place)
+            lacks = torch.ones_like(self._ids, dtype=torch.bool).scatter_(1, place, False)
+            lacks = lacks[:, :count] & past
+            known = self._known[self._number[layer], :, :count]
+            scores = torch.maximum(scores, known.masked_fill(~lacks, float("-inf")))
+            away |= lacks
+        return scores, away
 
     def _joined(self, layer: int, keys: Keys) -> Tensor:
-        """The positions of a layer's rows and of those beside them; the same for a whole table."""
+        """The positions of a layer's rows and of those beside them; one object where all agree."""
         assert keys.positions is not None
         table = self._table[layer]
-        known = self._joins.get(id(table))
+        key = id(table), table.place_of[layer]
+        known = self._joins.get(key)
         if known is None:
             others = self._lacking(layer)
-            known = self._joins[id(table)] = others, torch.cat((keys.positions, others), dim=1)
+            known = self._joins[key] = others, torch.cat((keys.positions, others), dim=1)
         self._read[layer] = known[1]
         return known[1]
 
     def _lacking(self, layer: int) -> Tensor:
         """The rebuilt positions [B, R], EMPTY where this layer holds the token itself."""
         assert self._others is not None
-        if len(self._tables) == 1:
+        if len(self._tables) == len(self._tables[0].positions) == 1:
             return self._others
-        held = self._table[layer].positions[0, :, 0]
+        held = self._table[layer].at(layer)[:, 0]
         twice = (held.unsqueeze(2) == self._others.unsqueeze(1)).any(1)
         return self._others.masked_fill(twice, EMPTY)
 
@@ -226,7 +246,7 @@ class AdoreCache(EvictingCache):
             return
         for layer, (k, v) in self._beside.items():
             table = self._table[layer]
-            others = self._joins[id(table)][0]
+            others = self._joins[id(table), table.place_of[layer]][0]
             slots = table.merge(layer, others, None, self._newest, self._window(table))
             self._put(layer, table, slots, k, v)
         for table in self._tables:

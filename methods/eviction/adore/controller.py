@@ -40,14 +40,14 @@ class Controller(nn.Module):
     def __init__(self, config: ControllerConfig) -> None:
         super().__init__()
         self.config = config
-        h, m = config.hidden, config.match
+        h, m, n = config.hidden, config.match, config.layers
         self.gru = nn.GRU(config.width, h, batch_first=True) if config.state == "gru" else None
         self.token = nn.Linear(config.width, h) if config.state == "token" else None
         self.inner = nn.Linear(h, h)
         self.places = nn.Embedding(BUCKETS, h) if config.position != "none" else None
-        self.score = nn.Linear(h, 1)
+        self.score = nn.Linear(h, n)
         self.address = nn.Linear(h, m) if m else None
-        self.query = nn.Linear(h, m) if m else None
+        self.query = nn.Linear(h, n * m) if m else None
 
     def states(self, embedded: Tensor, last: Tensor | None = None) -> Tensor:
         """Return the states z [B, T, hidden] of tokens whose embeddings are [B, T, width].
@@ -66,16 +66,24 @@ class Controller(nn.Module):
         address = z[..., :0] if self.address is None else self.address(z)
         return Memory(self.inner(z), address)
 
-    def logits(self, memory: Memory, z: Tensor, positions: Tensor, current: Tensor) -> Tensor:
+    def logits(
+        self,
+        memory: Memory,
+        z: Tensor,
+        positions: Tensor,
+        current: Tensor,
+        layers: slice = slice(None),
+    ) -> Tensor:
         """Score remembered tokens for current ones.
 
         Args:
             memory: of tokens [B, S].
             z: [B, T, hidden], states of the current tokens.
             positions: [B or 1, S], where the remembered stand; current: [B or 1, T].
+            layers: of those that it scores for.
 
         Returns:
-            [B, T, S] logits; what stands after the current token means nothing.
+            [B, L, T, S] logits; what stands after the current token means nothing.
         """
         key = memory.key.unsqueeze(1)
         if self.places is not None:
@@ -83,10 +91,13 @@ class Controller(nn.Module):
             place = back if self.config.position == "relative" else positions.unsqueeze(1)
             table = F.linear(self.places.weight, self.inner.weight)
             key = key + F.embedding(buckets(place), table)
-        found: Tensor = self.score(F.relu(key)).squeeze(-1)
+        found = F.linear(F.relu(key), self.score.weight[layers], self.score.bias[layers])
+        found = found.movedim(-1, 1)
         if self.query is not None:
-            found = found + self.query(z) @ memory.address.transpose(1, 2) * self.config.match**-0.5
-        return found.expand(-1, z.shape[1], -1)
+            query = self.query(z).unflatten(-1, (self.config.layers, -1))[:, :, layers]
+            match = query.transpose(1, 2) @ memory.address.unsqueeze(1).transpose(2, 3)
+            found = found + match * self.config.match**-0.5
+        return found.expand(-1, -1, z.shape[1], -1)
 
     def forward(self, embedded: Tensor, current: Tensor) -> Tensor:
         """Score all tokens of texts for some of them.
@@ -96,7 +107,7 @@ class Controller(nn.Module):
             current: [B, Q], the tokens that they are scored for.
 
         Returns:
-            [B, Q, T] logits; what stands after the current token means nothing.
+            [B, L, Q, T] logits; what stands after the current token means nothing.
         """
         z = self.states(embedded)
         places = torch.arange(z.shape[1], device=z.device).unsqueeze(0)

@@ -48,10 +48,12 @@ def logged_bytes(config: DecoderConfig, method: Method, tokens: int, itemsize: i
         offloaded = known * itemsize * width * len(config.kv_layers)
     else:
         offloaded = 0
+    layers = len(config.kv_layers) if params.per == "layer" else 1
     if params.scores == "rule":
-        return known * (ID + 2 * SCORE) + offloaded
-    sizes = _sizes(params.controller, config)
-    return known * (ID + SCORE + sizes.remembered * itemsize) + 4 * sizes.hidden + offloaded
+        return known * (ID + 2 * SCORE * layers) + offloaded
+    sizes = _sizes(params, config)
+    log = ID + SCORE * layers + sizes.remembered * itemsize
+    return known * log + 4 * sizes.hidden + offloaded
 
 
 def step_flops(config: DecoderConfig, method: Method, context: int) -> float:
@@ -59,8 +61,8 @@ def step_flops(config: DecoderConfig, method: Method, context: int) -> float:
     params = _params(method)
     if params.scores == "rule":
         return 0.0
-    sizes = _sizes(params.controller, config)
-    each = 2 * (sizes.hidden + sizes.match)
+    sizes = _sizes(params, config)
+    each = 2 * sizes.layers * (sizes.hidden + sizes.match)
     return 2.0 * sizes.parameters + each * context / params.refresh
 
 
@@ -71,8 +73,9 @@ def _params(method: Method) -> AdoreParams:
 
 
 @lru_cache(maxsize=64)
-def _sizes(controller: str, config: DecoderConfig) -> ControllerConfig:
+def _sizes(params: AdoreParams, config: DecoderConfig) -> ControllerConfig:
     """Those of a controller; of one by default where it is not trained yet."""
-    if controller:
-        return config_of(Path(controller))
-    return ControllerConfig(config.vocab_size, config.width)
+    if params.controller:
+        return config_of(Path(params.controller))
+    layers = len(config.kv_layers) if params.per == "layer" else 1
+    return ControllerConfig(config.vocab_size, config.width, layers=layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +17,7 @@ from kvlab.methods.cache.interface import Cache
 from kvlab.methods.cache.opening import Eviction
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.language_model import TokenModel, positions_of
+from kvlab.methods.eviction.adore.params import Per
 from kvlab.methods.model import LanguageModel
 from kvlab.methods.registry import resolve
 
@@ -23,42 +25,51 @@ Aggregate = Literal["mean", "max"]
 
 
 class _Attention(EphemeralCache):
-    """The cache of one pass that writes down who attends to what: [B, T, T] over all layers."""
+    """The cache of one pass that writes down who attends to what: [B, T, T] of layers together."""
 
     observes_all = True
     sees_each = True
 
-    def __init__(self, config: DecoderConfig, aggregate: Aggregate) -> None:
+    def __init__(self, config: DecoderConfig, aggregate: Aggregate, per: Per) -> None:
         super().__init__(config)
-        self._aggregate, self._layers = aggregate, config.layers
-        self.found: Tensor | None = None
+        kvs = config.kv_of if per == "layer" else (0,) * config.layers
+        self._aggregate, self._group, self._layers = aggregate, kvs, Counter(kvs)
+        self._found: dict[int, Tensor] = {}
+
+    def found(self) -> Tensor:
+        """[B, L, T, T], KV layers in order; one for all of them together."""
+        return torch.stack([attended for _, attended in sorted(self._found.items())], dim=1)
 
     def key_mass_rows(self, layer: int) -> slice | None:
         return slice(None)
 
     def observe(self, layer: int, before: Tensor, after: Tensor, key_mass: Tensor | None) -> None:
         assert key_mass is not None
-        if self._aggregate == "mean":
-            own = key_mass.mean(1) / self._layers
-            self.found = own if self.found is None else self.found + own
-        else:
-            own = key_mass.amax(1)
-            self.found = own if self.found is None else torch.maximum(self.found, own)
+        group = self._group[layer]
+        mean = self._aggregate == "mean"
+        own = key_mass.mean(1) / self._layers[group] if mean else key_mass.amax(1)
+        known = self._found.get(group, torch.zeros_like(own))
+        self._found[group] = known + own if mean else torch.maximum(known, own)
         super().observe(layer, before, after, key_mass)
 
 
 @torch.no_grad()
 def attention(
-    model: LanguageModel, ids: Tensor, valid: Tensor | None = None, aggregate: Aggregate = "mean"
+    model: LanguageModel,
+    ids: Tensor,
+    valid: Tensor | None = None,
+    aggregate: Aggregate = "mean",
+    per: Per = "model",
 ) -> Tensor:
     """How much each token [T] of texts attends to each other, over all heads and layers.
 
     Args:
         ids: [B, T]. valid: [B, T] bool, None without padding.
         aggregate: over heads and layers.
+        per: all layers of the model together, or those that read one KV layer.
 
     Returns:
-        [B, T, T] float32; with the mean, each row sums to 1.
+        [B, L, T, T] float32, L = 1 for the model; with the mean, each row sums to 1.
 
     Raises:
         KvlabError: a model whose layers do not read the tokens before them in one pass.
@@ -66,16 +77,15 @@ def attention(
     if not isinstance(model, TokenModel):
         raise KvlabError("labels are what full attention over tokens attends to: not this model's")
     decoder = model.decoder
-    cache = _Attention(decoder.config, aggregate)
+    cache = _Attention(decoder.config, aggregate, per)
     decoder.body(decoder.embed(ids), positions_of(valid), cache, ids)
-    assert cache.found is not None
-    return cache.found
+    return cache.found()
 
 
 def most_attended(attended: Tensor, top: int) -> Tensor:
-    """The `top` most attended tokens of each: a mask [B, T, T]; of fewer before it, all.
+    """The `top` most attended tokens of each: a mask [..., T, T]; of fewer before it, all.
 
-    Args: attended: [B, T, T], see `attention`.
+    Args: attended: [..., T, T], see `attention`.
     """
     rows = attended.shape[-1]
     best = attended.topk(min(top, rows), dim=-1)

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 from kvlab.methods.axis import Method, Range, Value
 from kvlab.methods.decoder.config import DecoderConfig
 
+Per = Literal["model", "layer"]
+
 
 @dataclass(frozen=True, slots=True)
 class AdoreParams:
@@ -21,6 +23,8 @@ class AdoreParams:
         scores: who says how much a token matters now: a trained "controller", or a "rule" without
             training: the attention that the token has received from all layers and heads so far.
         controller: the folder of a trained controller; a workflow's `controller:` fills it in.
+        per: tokens are released by the whole "model" or by each KV "layer" for itself, by scores of
+            its own.
         recent: the newest past rows, which are not released.
         readmit: rebuilt tokens may take the place of kept ones; else one that was released is only
             ever rebuilt, for a step.
@@ -35,6 +39,7 @@ class AdoreParams:
     context: Annotated[int, Range(0, 255)] = 0
     scores: Literal["controller", "rule"] = "controller"
     controller: str = ""
+    per: Per = "model"
     recent: Annotated[int, Range(1, 4096, log=True)] = 4
     readmit: bool = False
     every: Annotated[int, Range(1, 4096, log=True)] = 1

@@ -20,13 +20,18 @@ from kvlab.methods.eviction.adore.scores import ControllerScores, MassScores, Sc
 class Adore(Ranking):
     """score(j) = what `Scores` says of j for the current token; the newest `recent` rows stay.
 
-    One selection for all layers: where their budgets differ, a smaller one holds the best of a
-    larger one.
+    One selection for all layers by default: where their budgets differ, a smaller one holds the
+    best of a larger one.
     """
 
     params: AdoreParams
-    known: Tensor
-    """[B, rows + 1] float32, the scores that count now, by position; `AdoreCache` fills them in."""
+    known: tuple[dict[int, int], Tensor]
+    """KV layer -> its number; and by number [L, B, rows + 1] float32 the scores that count now, by
+    position. `AdoreCache` keeps them."""
+
+    @property
+    def by_layer(self) -> bool:  # type: ignore[override]
+        return self.params.per == "layer"
 
     def open(self, opening: Opening) -> Cache:
         from kvlab.methods.eviction.adore.cache import AdoreCache
@@ -40,8 +45,9 @@ class Adore(Ranking):
             KvlabError: no controller, or one of another model.
         """
         batch, rows, device = opening.batch, opening.rows, opening.device
+        layers = len(opening.config.kv_layers) if self.by_layer else 1
         if self.params.scores == "rule":
-            return MassScores(batch, rows, device)
+            return MassScores(batch, rows, layers, device)
         if not self.params.controller:
             raise KvlabError(
                 "adore: needs a trained controller: name the job that trains one (controller: JOB "
@@ -55,13 +61,28 @@ class Adore(Ranking):
                 f"vocab_size {other.vocab_size} and width {other.width}, "
                 f"this one has {own.vocab_size} and {own.width}"
             )
+        if controller.config.layers != layers:
+            raise KvlabError(
+                f"{self.params.controller}: this controller scores for "
+                f"{controller.config.layers} layers each, {layers} are needed: label with the "
+                "same 'per' as adore's"
+            )
         return ControllerScores(controller, batch, rows, device, opening.dtype)
 
     def rank(self, rows: Rows) -> Tensor:
         place = rows.positions.clamp_min(0)
-        known = self.known.unsqueeze(1).expand(*place.shape[:-1], -1)
+        known = self.of(rows.layers) if place.dim() == 4 else self.of(rows.layers)[0]
+        known = known.unsqueeze(-2).expand(*place.shape[:-1], -1)
         old = rows.positions <= rows.newest - self.params.recent
         return torch.where(old, known.gather(-1, place), float("inf"))
+
+    def of(self, layers: tuple[int, ...]) -> Tensor:
+        """The scores [n, B, rows + 1] that count now in KV layers; once where all score alike."""
+        numbers, known = self.known
+        found = [numbers[layer] for layer in layers]
+        if len(known) == 1 or found == list(range(len(known))):
+            return known
+        return torch.stack([known[number] for number in found])
 
 
 @lru_cache(maxsize=4)

@@ -27,20 +27,24 @@ class Scores(ABC):
 
     Attributes:
         rows: positions that there may be; one more takes what is padding.
+        layers: KV layers, in order, that are scored each for itself; 1: all alike.
         wants_mass: `credit` is to be called.
     """
 
     wants_mass = False
 
-    def __init__(self, batch: int, rows: int, device: torch.device) -> None:
-        self.rows, self.device = rows, device
+    def __init__(self, batch: int, rows: int, layers: int, device: torch.device) -> None:
+        self.rows, self.layers, self.device = rows, layers, device
 
     @abstractmethod
     def see(self, fresh: Fresh) -> None:
         """Take in tokens; the last of each sample is now the current one."""
 
-    def credit(self, mass: Tensor, positions: Tensor) -> None:  # noqa: B027
-        """Hear the attention [B, S] that tokens at positions [B, S] received in a layer."""
+    def credit(self, layer: int, mass: Tensor, positions: Tensor) -> None:  # noqa: B027
+        """Hear the attention [B, S] that tokens at positions [B, S] received in a layer.
+
+        Args: layer: its number among `layers`.
+        """
 
     @abstractmethod
     def every(self, count: int, newest: Tensor) -> Tensor:
@@ -48,12 +52,15 @@ class Scores(ABC):
 
         Args: newest: [B, 1], its position.
 
-        Returns: [B, count] float32: more matters more; what was never seen means nothing.
+        Returns: [layers, B, count] float32: more matters more; what was never seen means nothing.
         """
 
     @abstractmethod
-    def of(self, positions: Tensor, newest: Tensor) -> Tensor:
-        """Score tokens at positions [B, S], up to `rows`, for the current one: [B, S] float32."""
+    def of(self, layer: int, positions: Tensor, newest: Tensor) -> Tensor:
+        """Score tokens at positions [B, S], up to `rows`, for the current one: [B, S] float32.
+
+        Args: layer: its number among `layers`.
+        """
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -78,7 +85,7 @@ class ControllerScores(Scores):
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        super().__init__(batch, rows, device)
+        super().__init__(batch, rows, controller.config.layers, device)
         c = controller.config
         self._controller = controller
         self._state = torch.zeros(batch, c.hidden, device=device)
@@ -97,16 +104,18 @@ class ControllerScores(Scores):
 
     def every(self, count: int, newest: Tensor) -> Tensor:
         places = torch.arange(count, device=self.device).unsqueeze(0)
-        return self._score(Memory(self._key[:, :count], self._address[:, :count]), places, newest)
+        memory = Memory(self._key[:, :count], self._address[:, :count])
+        return self._score(memory, places, newest, slice(None)).transpose(0, 1)
 
-    def of(self, positions: Tensor, newest: Tensor) -> Tensor:
+    def of(self, layer: int, positions: Tensor, newest: Tensor) -> Tensor:
         memory = Memory(_at(self._key, positions), _at(self._address, positions))
-        return self._score(memory, positions, newest)
+        return self._score(memory, positions, newest, slice(layer, layer + 1))[:, 0]
 
-    def _score(self, memory: Memory, positions: Tensor, newest: Tensor) -> Tensor:
+    def _score(self, memory: Memory, positions: Tensor, newest: Tensor, layers: slice) -> Tensor:
+        """[B, L, S]."""
         memory = Memory(memory.key.float(), memory.address.float())
         z = self._state.unsqueeze(1)
-        return self._controller.logits(memory, z, positions, newest)[:, 0]
+        return self._controller.logits(memory, z, positions, newest, layers)[:, :, 0]
 
     def tensors(self) -> dict[str, Tensor]:
         return {"state": self._state, "key": self._key, "address": self._address}
@@ -116,25 +125,25 @@ class ControllerScores(Scores):
 
 
 class MassScores(Scores):
-    """H2O's score, of all layers and heads together: the attention received so far."""
+    """H2O's score, of all heads and layers that are scored alike: attention received so far."""
 
     wants_mass = True
 
-    def __init__(self, batch: int, rows: int, device: torch.device) -> None:
-        super().__init__(batch, rows, device)
-        self._mass = torch.zeros(batch, rows + 1, device=device)
+    def __init__(self, batch: int, rows: int, layers: int, device: torch.device) -> None:
+        super().__init__(batch, rows, layers, device)
+        self._mass = torch.zeros(layers, batch, rows + 1, device=device)
 
     def see(self, fresh: Fresh) -> None:
         """It knows no token before it was read."""
 
-    def credit(self, mass: Tensor, positions: Tensor) -> None:
-        self._mass.scatter_add_(1, torch.where(positions < 0, self.rows, positions), mass)
+    def credit(self, layer: int, mass: Tensor, positions: Tensor) -> None:
+        self._mass[layer].scatter_add_(1, torch.where(positions < 0, self.rows, positions), mass)
 
     def every(self, count: int, newest: Tensor) -> Tensor:
-        return self._mass[:, :count]
+        return self._mass[:, :, :count]
 
-    def of(self, positions: Tensor, newest: Tensor) -> Tensor:
-        return self._mass.gather(1, positions)
+    def of(self, layer: int, positions: Tensor, newest: Tensor) -> Tensor:
+        return self._mass[layer].gather(1, positions)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"mass": self._mass}

@@ -24,6 +24,7 @@ class ControllerConfig:
         it stands in the text ("absolute"), nothing ("none").
     match: dimensions in which a token's state is compared with the current one's. 0: not at all,
         as in the paper's formula.
+    layers: KV layers that it scores for, each for itself; 1: for all alike.
     """
 
     vocab_size: int
@@ -32,6 +33,7 @@ class ControllerConfig:
     hidden: int = 64
     position: Literal["relative", "absolute", "none"] = "relative"
     match: int = 32
+    layers: int = 1
 
     @property
     def remembered(self) -> int:
@@ -41,10 +43,10 @@ class ControllerConfig:
     @property
     def parameters(self) -> int:
         """Its weights, all of them."""
-        h, w, m = self.hidden, self.width, self.match
+        h, w, m, n = self.hidden, self.width, self.match, self.layers
         state = 3 * h * (w + h + 2) if self.state == "gru" else h * (w + 1)
         positions = 0 if self.position == "none" else BUCKETS * h
-        return state + h * (h + 1) + positions + h + 1 + 2 * m * (h + 1)
+        return state + h * (h + 1) + positions + n * (h + 1) + (n + 1) * m * (h + 1)
 
 
 def config_of(folder: Path) -> ControllerConfig:

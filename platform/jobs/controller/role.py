@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kvlab.methods.axis import Method
-from kvlab.platform.jobs.kind import Surroundings
-from kvlab.platform.jobs.model import lineage
+from kvlab.platform.jobs.controller.settings import scored_layers
+from kvlab.platform.jobs.kind import Parent, Surroundings
+from kvlab.platform.jobs.model import lineage, method_of
 
 ROLE = "controller"
 """The field, role, spec's key and job kind, and the eviction's parameter that it fills in."""
@@ -42,6 +43,28 @@ def problems(apply: Method, around: Surroundings) -> Iterator[tuple[str, str]]:
                 f"width {other.width}, '{around.parents['of'].name}' has {own.vocab_size} and "
                 f"{own.width}",
             )
+        labels = parent.parents.get("labels")
+        if labels is not None and labels.kind == "label":
+            yield from _other_layers(apply, parent.name, labels, around.parents["of"])
+
+
+def _other_layers(
+    apply: Method, name: str, labels: Parent, of: Parent
+) -> Iterator[tuple[str, str]]:
+    """Yield (field, problem) where a controller scores other layers than `apply` asks for."""
+    eviction = apply["eviction"]
+    per, wanted = labels.spec["per"], getattr(eviction.params, "per", "model")
+    if per != wanted:
+        yield (
+            f"apply.{eviction.value.name}.per",
+            f"is '{wanted}', and '{name}' learned from labels per {per}: write per: {per}, or "
+            f"label with per: {wanted}",
+        )
+    elif per == "layer":
+        config, trained = lineage(of)
+        own, other = len(method_of(trained).acting(config).kv_layers), scored_layers(labels)
+        if own != other:
+            yield ROLE, f"'{name}' scores for {other} KV layers, '{of.name}' has {own}"
 
 
 def sources(spec: Mapping[str, Any]) -> tuple[str, ...]:

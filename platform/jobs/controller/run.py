@@ -51,7 +51,7 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
     labels = load_file(context.inputs["labels"] / FILE)
     config = ControllerConfig(
         model.config.vocab_size, model.config.width, spec["state"], spec["hidden"],
-        spec["position"], spec["match"],
+        spec["position"], spec["match"], labels["train.labels"].shape[1],
     )  # fmt: skip
     controller = Controller(config).to(device)
     assert model.decoder.embedding is not None
@@ -127,27 +127,32 @@ def _loss(
 ) -> Tensor:
     """Binary cross-entropy over the tokens so far, the few that matter as heavy as the many.
 
-    Args: ids: [B, T]. places: [B, T, top]. current: [B, Q].
+    Args: ids: [B, T]. places: [B, L, T, top]. current: [B, Q].
     """
     device = table.device
     logits = controller(F.embedding(ids.to(device), table), current.to(device))
     marks, past = _marks(places, current, ids.shape[1])
     marks, past = marks.to(device), past.to(device)
     wanted = marks.sum()
-    weight = ((past.sum() - wanted) / wanted.clamp_min(1)).clamp(1.0, MOST_WEIGHT)
+    others = past.sum() * marks.shape[1] - wanted
+    weight = (others / wanted.clamp_min(1)).clamp(1.0, MOST_WEIGHT)
     losses = F.binary_cross_entropy_with_logits(
         logits, marks.float(), pos_weight=weight, reduction="none"
     )
-    return (losses * past).sum() / past.sum()
+    return (losses * past).sum() / (past.sum() * marks.shape[1])
 
 
 def _marks(places: Tensor, current: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Which tokens matter to the current ones, and which stand before them: [B, Q, T] bool."""
-    asked = places.gather(1, current.unsqueeze(-1).expand(-1, -1, places.shape[-1]))
+    """Which tokens matter to the current ones [B, L, Q, T]; which stand before them [B, 1, Q, T].
+
+    Args: places: [B, L, T, top]. current: [B, Q].
+    """
+    index = current[:, None, :, None].expand(-1, places.shape[1], -1, places.shape[-1])
+    asked = places.gather(2, index)
     spare = torch.where(asked < 0, length, asked)
-    shape = (*current.shape, length + 1)
+    shape = (*asked.shape[:-1], length + 1)
     marks = torch.zeros(shape, dtype=torch.bool).scatter_(-1, spare, True)[..., :length]
-    return marks, torch.arange(length) <= current.unsqueeze(-1)
+    return marks, (torch.arange(length) <= current.unsqueeze(-1)).unsqueeze(1)
 
 
 @torch.no_grad()

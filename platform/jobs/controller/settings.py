@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from kvlab.platform.jobs.kind import Kind, Parent, Prediction, References, Settings, Surroundings
-from kvlab.platform.jobs.model import MODEL_SOURCES, lineage
+from kvlab.platform.jobs.model import MODEL_SOURCES, lineage, method_of
 from kvlab.platform.jobs.reference import One
 
 
@@ -25,6 +25,14 @@ class ControllerSettings(Settings):
     batch_size: int = Field(default=8, ge=1, le=65536)
     queries: int = Field(default=64, ge=1, le=32768)
     learning_rate: float = Field(default=3e-3, gt=0, le=1)
+
+
+def scored_layers(labels: Parent) -> int:
+    """KV layers that a label job labelled, each for itself; 1: all together."""
+    if labels.spec["per"] == "model":
+        return 1
+    config, trained = lineage(labels.parents["of"])
+    return len(method_of(trained).acting(config).kv_layers)
 
 
 class Controller(Kind):
@@ -65,15 +73,15 @@ class Controller(Kind):
         from kvlab.methods.eviction.adore.sizes import ControllerConfig
 
         config, _ = lineage(parents["of"])
+        labels = parents["labels"].spec
         sizes = ControllerConfig(
             config.vocab_size, config.width, spec["state"], spec["hidden"], spec["position"],
-            spec["match"],
+            spec["match"], scored_layers(parents["labels"]),
         )  # fmt: skip
-        labels = parents["labels"].spec
         rows = labels["samples"] * labels["sequence_length"] * spec["epochs"]
         queries = min(spec["queries"], labels["sequence_length"])
         pairs = labels["samples"] * spec["epochs"] * queries * labels["sequence_length"]
-        each = 2 * (sizes.hidden + sizes.match)
+        each = 2 * sizes.layers * (sizes.hidden + sizes.match)
         return Prediction(
             parameters=sizes.parameters, flops=3.0 * (2 * rows * sizes.parameters + each * pairs)
         )

@@ -22,14 +22,14 @@ class Recalls:
         self._sums: dict[str, Tensor] = {}
 
     def see(self, who: str, scores: Tensor, marks: Tensor, current: Tensor | None = None) -> None:
-        """Take in the scores [B, Q, T] for current tokens, and which of all tokens [T] matter.
+        """Take in the scores [..., Q, T] for current tokens, and which of all tokens [T] matter.
 
         Args:
-            marks: [B, Q, T] bool. current: [B, Q], where these tokens stand; None: all of T.
+            marks: [..., Q, T] bool. current: [..., Q], where these tokens stand; None: all of T.
         """
-        batch, _, rows = marks.shape
+        rows = marks.shape[-1]
         places = torch.arange(rows, device=marks.device)
-        now = places.expand(batch, -1) if current is None else current
+        now = (places if current is None else current).expand(marks.shape[:-1])
         past = places <= now.unsqueeze(-1)
         ranked = scores.expand(marks.shape).masked_fill(~past, float("-inf"))
         order = ranked.argsort(dim=-1, descending=True, stable=True)

@@ -29,15 +29,16 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
     """Label texts of both parts of parent "data" with the model of parent "of".
 
     Args:
-        spec: top (labels of a token), aggregate (over heads and layers), samples (texts of the
-            training part), held_out (of the other), sequence_length (of each), batch_size, dtype.
+        spec: top (labels of a token), aggregate (over heads and layers), per (model, or layer: each
+            KV layer has labels of its own), samples (texts of the training part), held_out (of the
+            other), sequence_length (of each), batch_size, dtype.
 
     Publishes rivals.json (as in the result) and labels.safetensors: train.ids, heldout.ids [N, T]
-    int32; train.labels, heldout.labels [N, T, top] int16, places in the text, -1 where there are
-    fewer.
+    int32; train.labels, heldout.labels [N, L, T, top] int16, places in the text, -1 where there are
+    fewer; L is 1, or the KV layers.
 
     Returns:
-        samples, held_out, sequence_length, top, aggregate; covered (the attention that goes to
+        samples, held_out, sequence_length, top, aggregate, per; covered (the attention that goes to
         labelled tokens, a share of all, held-out texts); rivals (recall at m of rules that need no
         training, see `kvlab.platform.jobs.label.recall`); environment.
 
@@ -58,12 +59,12 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
         found = []
         for batch in torch.split(ids, spec["batch_size"]):
             batch = batch.to(device)
-            attended = attention(model, batch, aggregate=spec["aggregate"])
+            attended = attention(model, batch, aggregate=spec["aggregate"], per=spec["per"])
             marks = most_attended(attended, top)
             found.append(_places(marks, top).cpu())
             if part == "heldout":
                 shares = attended / attended.sum(-1, keepdim=True)
-                covered.append((shares * marks).sum(-1).mean(1).cpu())
+                covered.append((shares * marks).sum(-1).mean((1, 2)).cpu())
                 rivals.see("h2o", _before(attended), marks)
                 rivals.see("recency", _recency(attended), marks)
             done += len(batch)
@@ -80,6 +81,7 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
         "sequence_length": length,
         "top": top,
         "aggregate": spec["aggregate"],
+        "per": spec["per"],
         "covered": float(torch.cat(covered).double().mean()),
         "rivals": rivals.result(),
         "environment": environment.capture(context, dtype=str(dtype).removeprefix("torch.")),
@@ -104,7 +106,7 @@ def _texts(context: Context, part: Part, count: int, length: int, known: int) ->
 
 
 def _places(marks: Tensor, top: int) -> Tensor:
-    """Turn marks [B, T, T] into the places of the marked [B, T, top] int16, NONE behind them."""
+    """Turn marks [..., T, T] into the places of the marked [..., T, top] int16, then NONE."""
     rows = marks.shape[-1]
     order = marks.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :top]
     real = torch.arange(min(top, rows), device=marks.device) < marks.sum(-1, keepdim=True)
@@ -112,11 +114,11 @@ def _places(marks: Tensor, top: int) -> Tensor:
 
 
 def _before(attended: Tensor) -> Tensor:
-    """H2O's score [B, T, T]: what each key got from all queries before this one."""
-    return attended.cumsum(1) - attended
+    """H2O's score [..., T, T]: what each key got from all queries before this one."""
+    return attended.cumsum(-2) - attended
 
 
 def _recency(attended: Tensor) -> Tensor:
-    """The newest first [1, T, T]."""
+    """The newest first [T, T]."""
     rows = attended.shape[-1]
-    return torch.arange(rows, device=attended.device, dtype=torch.float32).expand(1, rows, rows)
+    return torch.arange(rows, device=attended.device, dtype=torch.float32).expand(rows, rows)

@@ -19,6 +19,7 @@ class LabelSettings(Settings):
     of: One
     top: int = Field(default=96, ge=1, le=4096)
     aggregate: Literal["mean", "max"] = "mean"
+    per: Literal["model", "layer"] = "model"
     samples: int = Field(default=512, ge=1, le=10_000_000)
     held_out: int = Field(default=64, ge=1, le=1_000_000)
     sequence_length: int | None = Field(default=None, ge=2, le=2**15)
@@ -39,6 +40,7 @@ class Label(Kind):
         return {
             "top": settings.top,
             "aggregate": settings.aggregate,
+            "per": settings.per,
             "samples": settings.samples,
             "held_out": settings.held_out,
             "sequence_length": settings.sequence_length or around.data["sequence_length"],

@@ -97,7 +97,7 @@ class Objective(nn.Module):
 
         assert self.teacher is not None
         attended = attention(self.teacher, ids, valid, self.sparse.aggregate)
-        return under(most_attended(attended, self.sparse.top))
+        return under(most_attended(attended, self.sparse.top)[:, 0])
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

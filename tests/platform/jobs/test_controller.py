@@ -24,7 +24,7 @@ from kvlab.platform.jobs.local import run_cell
 
 LABEL = {
     "top": 4, "aggregate": "mean", "samples": 40, "held_out": 6, "sequence_length": 32,
-    "batch_size": 5, "dtype": "auto", "seed": 0,
+    "batch_size": 5, "dtype": "auto", "seed": 0, "per": "model",
 }  # fmt: skip
 TRAIN = {
     "state": "gru", "hidden": 16, "position": "relative", "match": 8, "epochs": 6, "batch_size": 4,
@@ -49,15 +49,18 @@ def controller(base: Path, labels: Any, tmp_path_factory: pytest.TempPathFactory
 class TestAttention:
     """What one pass shows is what a cache sees, step by step."""
 
+    @pytest.mark.parametrize("per", ["model", "layer"])
     @pytest.mark.parametrize("aggregate", ["mean", "max"])
-    def test_step_by_step(self, aggregate: Any) -> None:
+    def test_step_by_step(self, aggregate: Any, per: Any) -> None:
         torch.manual_seed(0)
         model = build(DecoderConfig(53, **llama(32, 3, 4, 2, 48)), resolve({})).double().eval()
         ids = torch.randint(0, 53, (2, 9))
-        found = attention(model, ids, aggregate=aggregate)
+        found = attention(model, ids, aggregate=aggregate, per=per)
+        assert found.shape == (2, 3 if per == "layer" else 1, 9, 9)
         for t in range(9):
-            assert torch.allclose(found[:, t, : t + 1], last_row(model, ids[:, : t + 1], aggregate))
-            assert not found[:, t, t + 1 :].any()
+            wanted = last_row(model, ids[:, : t + 1], aggregate, per)
+            assert torch.allclose(found[:, :, t, : t + 1], wanted)
+            assert not found[:, :, t, t + 1 :].any()
 
     def test_the_most_attended(self) -> None:
         attended = torch.tensor([[[1.0, 0, 0], [0.4, 0.6, 0], [0.5, 0.2, 0.3]]])
@@ -82,8 +85,8 @@ class TestAttention:
         assert not torch.allclose(model(other).nll[:, 6:], full[:, 6:])
 
 
-def last_row(model: Any, ids: Tensor, aggregate: str) -> Tensor:
-    """How much the last token attends to each, from the key mass of one decode step."""
+def last_row(model: Any, ids: Tensor, aggregate: str, per: str) -> Tensor:
+    """How much the last token attends to each [B, L, T], from the key mass of one decode step."""
     seen = []
     method = resolve({"h2o": {}, "uniform": {"tokens": 64}})
     sizes = {"tokens": 16, "device": ids.device, "dtype": torch.float64}
@@ -102,22 +105,25 @@ def last_row(model: Any, ids: Tensor, aggregate: str) -> Tensor:
             model.decoder.body(model.decoder.embed(ids[:, :rows]), places[:, :rows], cache)
         cache.observe = watched
         model.decoder.body(model.decoder.embed(ids[:, rows:]), places[:, rows:], cache)
-    every = torch.stack(seen)
-    return every.mean((0, 2)) if aggregate == "mean" else every.amax((0, 2))
+    every = torch.stack(seen, dim=1)
+    every = every.mean(2) if aggregate == "mean" else every.amax(2)
+    if per == "layer":
+        return every
+    return every.mean(1, keepdim=True) if aggregate == "mean" else every.amax(1, keepdim=True)
 
 
 class TestLabel:
     def test_labels_are_what_the_model_attends_to(self, base: Path, labels: Any) -> None:
         tensors = load_file(labels[0] / "labels.safetensors")
         assert tensors["train.ids"].shape == (40, 32)
-        assert tensors["heldout.labels"].shape == (6, 32, 4)
+        assert tensors["heldout.labels"].shape == (6, 1, 32, 4)
         model = load(base).eval()
         ids = tensors["train.ids"].long()
         attended = attention(model, ids)
         for text in (0, 17, 39):
             for t in (0, 2, 9, 31):
-                places = [p for p in tensors["train.labels"][text, t].tolist() if p >= 0]
-                wanted = attended[text, t].topk(min(4, t + 1)).indices.tolist()
+                places = [p for p in tensors["train.labels"][text, 0, t].tolist() if p >= 0]
+                wanted = attended[text, 0, t].topk(min(4, t + 1)).indices.tolist()
                 assert set(places) == set(wanted)
                 assert places == sorted(places)
 
@@ -184,19 +190,23 @@ class TestController:
     def test_an_evaluate_job_uses_it(
         self, data: Path, base: Path, controller: Any, tmp_path: Path
     ) -> None:
-        spec = {
-            "metrics": ["divergence"], "sequence_length": 32, "tokens": 640, "batch_size": 8,
-            "first_target": 1, "dtype": "auto", "seed": 0,
-            "divergence": {"prompt": 20, "generate": 8},
-        }  # fmt: skip
-        found = []
-        for rebuild in (0, 4, 32):
-            method = resolve({"adore": {"rebuild": rebuild}, "uniform": {"tokens": 6}})
-            inputs = {"data": data, "of": base, "controller": controller[0]}
-            asked = {**spec, "apply": method.to_dict(), "controller": True}
-            found.append(run_cell("evaluate", asked, inputs, tmp_path)["divergence"]["kl"])
-        assert found[0] > found[2]
-        assert found[2] == pytest.approx(0, abs=1e-6)  # all that was released is rebuilt
+        assert_rebuilding_helps({"data": data, "of": base, "controller": controller[0]}, tmp_path)
+
+    def test_of_each_layer(self, data: Path, base: Path, tmp_path: Path) -> None:
+        """Labels, scores and what is kept are each KV layer's own."""
+        labels, controller = tmp_path / "labels", tmp_path / "controller"
+        labels.mkdir()
+        controller.mkdir()
+        run_cell("label", {**LABEL, "per": "layer"}, {"data": data, "of": base}, labels)
+        layers = len(load(base).config.kv_layers)
+        places = load_file(labels / "labels.safetensors")["train.labels"]
+        assert places.shape == (40, layers, 32, 4)
+        assert not torch.equal(places[:, 0], places[:, 1])
+        result = run_cell("controller", TRAIN, {"of": base, "labels": labels}, controller)
+        assert load_controller(controller, torch.device("cpu")).config.layers == layers
+        assert result["recall"]["4"] > result["rivals"]["recency"]["recall"]["4"] + 0.05
+        inputs = {"data": data, "of": base, "controller": controller}
+        assert_rebuilding_helps(inputs, tmp_path, per="layer")
 
     def test_a_benchmark_counts_its_state(
         self, base: Path, controller: Any, tmp_path: Path
@@ -211,6 +221,22 @@ class TestController:
         assert row["kv_bytes_per_token"] > 0
 
 
+def assert_rebuilding_helps(inputs: dict[str, Path], tmp_path: Path, **settings: Any) -> None:
+    spec = {
+        "metrics": ["divergence"], "sequence_length": 32, "tokens": 640, "batch_size": 8,
+        "first_target": 1, "dtype": "auto", "seed": 0,
+        "divergence": {"prompt": 20, "generate": 8},
+    }  # fmt: skip
+    found = []
+    for rebuild in (0, 4, 32):
+        adore = {"rebuild": rebuild, **settings}
+        method = resolve({"adore": adore, "uniform": {"tokens": 6}})
+        asked = {**spec, "apply": method.to_dict(), "controller": True}
+        found.append(run_cell("evaluate", asked, inputs, tmp_path)["divergence"]["kl"])
+    assert found[0] > found[2]
+    assert found[2] == pytest.approx(0, abs=1e-6)  # all that was released is rebuilt
+
+
 def test_training_on_under_a_sparse_mask(
     data: Path, base: Path, train_spec: Any, tmp_path: Path
 ) -> None:
@@ -221,7 +247,7 @@ def test_training_on_under_a_sparse_mask(
     run_cell("uptrain", spec, {"data": data, "from": base}, tmp_path)
     parent, child = load(base).eval(), load(tmp_path).eval()
     ids = load_file_ids(data)
-    mask = under(most_attended(attention(parent, ids), 2))
+    mask = under(most_attended(attention(parent, ids), 2)[:, 0])
     with torch.no_grad():
         before, after = (float(m(ids, apply=mask).nll.mean()) for m in (parent, child))
     assert after < before
