@@ -80,7 +80,7 @@ class Training:
         self.rows, self.spec, self.context, self.gang = rows, spec, context, gang
         self.model, self.teacher = objective.model, objective.teacher
         self.model.checkpoint_gradients(spec.get("gradient_checkpointing", False))
-        dtypes = {p.dtype for p in self.model.parameters()}
+        dtypes = {p.dtype for p in self.model.parameters() if p.requires_grad}
         assert dtypes == {torch.float32}, f"weights are trained in float32, found {dtypes}"
         self.per_step = spec["batch_size"] * spec["accumulate"] * spec["sequence_length"]
         self.steps = math.ceil(spec["tokens"] / self.per_step)

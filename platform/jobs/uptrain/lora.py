@@ -1,8 +1,11 @@
-"""LoRA through peft: low-rank additions to the layers' linear maps, merged at the end."""
+"""LoRA through peft: low-rank additions to the layers' linear maps, merged at the end.
+
+With `quantize` the frozen maps are held in 4 bits meanwhile (QLoRA, arXiv 2305.14314).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -20,13 +23,14 @@ def attach(model: LanguageModel, settings: Mapping[str, Any]) -> Any:
     Args:
         model: changed in place.
         settings: rank, alpha, targets (last parts of the names of linear maps; None: all that
-            layers took from the parent).
+            layers took from the parent), quantize (nf4 or fp4: the maps with additions are held so;
+            None: as they are).
 
     Returns:
         peft's wrapper, for `merge`.
 
     Raises:
-        JobError: a target that no layer from the parent has.
+        JobError: a target that no layer from the parent has; bitsandbytes is not installed.
     """
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
@@ -49,6 +53,8 @@ def attach(model: LanguageModel, settings: Mapping[str, Any]) -> Any:
             f"lora.targets: {', '.join(targets or ())} train in full, as the conversion made them "
             "anew: name others too"
         )
+    if settings["quantize"] is not None:
+        _quantize(model, inside, settings["quantize"])
     config = LoraConfig(
         r=settings["rank"], lora_alpha=settings["alpha"], target_modules=inside, lora_dropout=0.0
     )
@@ -60,11 +66,50 @@ def attach(model: LanguageModel, settings: Mapping[str, Any]) -> Any:
 
 
 def merge(wrapper: Any) -> LanguageModel:
-    """Add the low-rank products to the weights and return the plain model."""
+    """Add the low-rank products to the weights and return the plain model.
+
+    To weights in 4 bits as training read them: what was learned makes up for their rounding.
+    """
+    _restore(wrapper)
     merged: LanguageModel = wrapper.merge_and_unload()
     for parameter in merged.parameters():
         parameter.requires_grad_(True)
     return merged
+
+
+def _quantize(model: LanguageModel, names: Sequence[str], kind: str) -> None:
+    """Hold linear maps in 4 bits, on the device where they are."""
+    try:
+        from bitsandbytes.nn import Linear4bit
+    except ImportError:
+        raise JobError(
+            "lora.quantize: needs bitsandbytes, which is not installed: pip install bitsandbytes"
+        ) from None
+    for name in names:
+        plain = model.get_submodule(name)
+        assert isinstance(plain, nn.Linear)
+        bias = plain.bias is not None
+        held = Linear4bit(plain.in_features, plain.out_features, bias=bias, quant_type=kind)
+        held.load_state_dict(plain.state_dict())
+        model.set_submodule(name, held.to(plain.weight.device).requires_grad_(False))
+
+
+def _restore(wrapper: Any) -> None:
+    """Turn maps in 4 bits into plain ones of the same values, where there are any."""
+    for layer in list(wrapper.modules()):
+        held = getattr(layer, "base_layer", None)
+        state = getattr(getattr(held, "weight", None), "quant_state", None)
+        if held is None or state is None:
+            continue
+        from bitsandbytes.functional import dequantize_4bit
+
+        plain = nn.utils.skip_init(
+            nn.Linear, held.in_features, held.out_features, bias=held.bias is not None
+        ).to(held.weight.device)
+        plain.weight.data = dequantize_4bit(held.weight.data, state).to(plain.weight.dtype)
+        if held.bias is not None:
+            plain.bias.data = held.bias.data
+        layer.base_layer = plain
 
 
 def in_layer(name: str) -> bool:

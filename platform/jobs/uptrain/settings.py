@@ -21,11 +21,16 @@ from kvlab.platform.jobs.train.settings import (
 
 
 class Lora(Settings):
-    """Train low-rank additions instead of the weights; they are merged when the job ends."""
+    """Train low-rank additions instead of the weights; they are merged when the job ends.
+
+    Attributes:
+        quantize: hold the maps that get them in 4 bits meanwhile (QLoRA).
+    """
 
     rank: int = Field(default=8, ge=1, le=1024)
     alpha: float = Field(default=16.0, gt=0)
     targets: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = None
+    quantize: Literal["nf4", "fp4"] | None = None
 
 
 class Distill(Settings):
@@ -92,6 +97,8 @@ class Uptrain(Kind):
                 f"({', '.join(name for choice in before.values() for name in choice)}); "
                 "name a job with full attention, or keep its method",
             )
+        if settings.lora and settings.lora.quantize and settings.parallel == "fsdp":
+            yield "lora.quantize", "cannot go with parallel: fsdp, which shards weights: use ddp"
         if settings.sparse is not None:
             yield from _sparse_problems(settings, wanted, length)
         if "teacher" in around.parents:
@@ -114,7 +121,9 @@ class Uptrain(Kind):
         )
 
     def libraries(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
-        return ("peft",) if spec["lora"] else ()
+        if not spec["lora"]:
+            return ()
+        return ("peft", "bitsandbytes") if spec["lora"]["quantize"] else ("peft",)
 
     def predict(self, spec: Mapping[str, Any], parents: Mapping[str, Parent]) -> Prediction:
         from kvlab.platform.jobs.cost import training

@@ -36,7 +36,7 @@ def gang(data, base, train_spec, block, tmp_path_factory):
     masked = train_spec(method=block(4), accumulate=2, batch_size=2)
     lora = {
         **train_spec(method=block(4), learning_rate=1e-3),
-        "lora": {"rank": 2, "alpha": 4.0, "targets": None},
+        "lora": {"rank": 2, "alpha": 4.0, "targets": None, "quantize": None},
         "distill": {"weight": 0.5, "temperature": 2.0},
     }
     lora.pop("model")

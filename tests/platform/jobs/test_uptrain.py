@@ -132,7 +132,9 @@ def test_lora_freezes_what_came_from_the_parent(uptrain, base, block, tmp_path, 
     old = {name: tensor.clone() for name, tensor in before.state_dict().items()}
     assert {n for n in old if any(n.startswith(f"{part}.") for part in FRESH[arm])} == before.fresh
     parent = load(base).state_dict()
-    uptrain("lora", method=method, lora={"rank": 2, "alpha": 4.0, "targets": None})
+    uptrain(
+        "lora", method=method, lora={"rank": 2, "alpha": 4.0, "targets": None, "quantize": None}
+    )
     for name, weight in load(tmp_path / "lora").state_dict().items():
         moved = weight - old[name]
         if name in before.fresh:
@@ -152,14 +154,15 @@ def test_no_shape_makes_a_projection_a_table():
     model = convert(build(config, resolve({})), method)
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     assert [32, 64] in [shapes[name] for name in model.fresh]
-    lora.attach(model, {"rank": 2, "alpha": 4.0, "targets": None})
+    lora.attach(model, {"rank": 2, "alpha": 4.0, "targets": None, "quantize": None})
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {name for name in trained if "lora_" not in name} == model.fresh
 
 
-def test_merging_changes_no_prediction(base):
+@pytest.mark.parametrize("quantize", [None, "nf4", "fp4"])
+def test_merging_changes_no_prediction(base, quantize):
     model = load(base)
-    wrapper = lora.attach(model, {"rank": 2, "alpha": 4.0, "targets": None})
+    wrapper = lora.attach(model, {"rank": 2, "alpha": 4.0, "targets": None, "quantize": quantize})
     draw = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -172,8 +175,25 @@ def test_merging_changes_no_prediction(base):
     assert not torch.allclose(load(base)(ids).nll, expected, atol=1e-3)
 
 
+def test_in_four_bits_it_learns_and_publishes_plain_weights(uptrain, tmp_path):
+    """Each map is what 4 bits held of the parent's and two more ranks."""
+    low_rank = {"rank": 2, "alpha": 4.0, "targets": None, "quantize": "nf4"}
+    uptrain("start", method={}, lora=low_rank, tokens=0)
+    result = uptrain("trained", method={}, lora=low_rank, tokens=4096)
+    again = uptrain("again", method={}, lora=low_rank, tokens=128)
+    assert result["loss"] < again["loss"]
+    start, trained = (load(tmp_path / name).state_dict() for name in ("start", "trained"))
+    for name, weight in trained.items():
+        if lora.in_layer(name) and weight.dim() == 2:
+            assert start[name].unique().numel() < start[name].numel() / 2  # 16 values a group
+            assert int(torch.linalg.matrix_rank(weight - start[name], atol=1e-5)) == 2
+
+
 def test_a_killed_lora_run_ends_in_the_same_bits(uptrain, block, tmp_path):
-    changes = {"method": block(2), "lora": {"rank": 2, "alpha": 4.0, "targets": None}}
+    changes = {
+        "method": block(2),
+        "lora": {"rank": 2, "alpha": 4.0, "targets": None, "quantize": None},
+    }
     uptrain("whole", **changes)
     kept = {"checkpoints": tmp_path / "kept"}
     with pytest.raises(Stopped):
@@ -195,7 +215,9 @@ def test_uptraining_reads_in_another_order_than_its_parent(data, train_spec, bas
 def test_a_teacher_and_low_rank_additions_count(uptrain, block):
     changes = {"method": block(4), "tokens": 128}
     plain = uptrain("plain", **changes)["flops"]
-    lora_ = uptrain("lora", **changes, lora={"rank": 2, "alpha": 4.0, "targets": None})["flops"]
+    lora_ = uptrain(
+        "lora", **changes, lora={"rank": 2, "alpha": 4.0, "targets": None, "quantize": None}
+    )["flops"]
     taught = uptrain("taught", **changes, distill={"weight": 0.5, "temperature": 1.0})["flops"]
     parent = uptrain("parent", method={}, tokens=128)["flops"]
     assert lora_ == pytest.approx(plain * 2 / 3)
@@ -204,12 +226,12 @@ def test_a_teacher_and_low_rank_additions_count(uptrain, block):
 
 def test_unknown_lora_targets_are_named(uptrain):
     with pytest.raises(JobError, match=r"no layer has 'nowhere'; it has "):
-        uptrain(method={}, lora={"rank": 2, "alpha": 4.0, "targets": ["nowhere"]})
+        uptrain(method={}, lora={"rank": 2, "alpha": 4.0, "targets": ["nowhere"], "quantize": None})
 
 
 def test_what_was_averaged_trains_in_full(uptrain, tmp_path):
     """Layer 0 has the mean of two layers' keys and values; layer 1 has its own queries alone."""
-    low_rank = {"rank": 2, "alpha": 4.0, "targets": ["qkv"]}
+    low_rank = {"rank": 2, "alpha": 4.0, "targets": ["qkv"], "quantize": None}
     spec = {"method": resolve("cla").to_dict(), "lora": low_rank}
     uptrain("start", **spec, tokens=0)
     uptrain("trained", **spec, tokens=512)
@@ -228,8 +250,8 @@ def test_targets_that_all_train_in_full():
     sizes = DecoderConfig(257, 32, 2, 2, 2, 16, 64)
     model = convert(build(sizes, resolve({})), resolve("gqa"))
     with pytest.raises(JobError, match="qkv train in full"):
-        lora.attach(model, {"rank": 2, "alpha": 4.0, "targets": ["qkv"]})
-    lora.attach(model, {"rank": 2, "alpha": 4.0, "targets": ["qkv", "out"]})
+        lora.attach(model, {"rank": 2, "alpha": 4.0, "targets": ["qkv"], "quantize": None})
+    lora.attach(model, {"rank": 2, "alpha": 4.0, "targets": ["qkv", "out"], "quantize": None})
 
 
 def test_what_shares_already_is_converted_to_another_sharing(uptrain, base, tmp_path):
