@@ -86,6 +86,8 @@ class Value:
         needs: eviction only: params -> the one of them that the folder of another job must still
             fill in: its name is that job's kind. None: nothing lacks.
         scores: eviction only: it gives past tokens scores that layers can compare.
+        served: eviction only: params -> how a server with a paged pool keeps it: "paged", every row
+            or those of a window; "slots", those that a ranking leaves. None: it cannot.
         observes_all: eviction and budget: what stays depends on every row of every layer of a
             prompt, so that no early exit leaves rows out.
         sources: packages whose files decide the result (part of a job's identity).
@@ -111,6 +113,7 @@ class Value:
     grows: Callable[[Any], bool] | None = None
     needs: Callable[[Any], str | None] | None = None
     scores: bool = False
+    served: Callable[[Any], Literal["paged", "slots"]] | None = None
     observes_all: bool = False
     sources: tuple[str, ...] = ()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -13,6 +13,9 @@ from kvlab import KvlabError
 from kvlab.methods.axis import Method
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.packing import Documents, Packer, TokenPacker
+
+if TYPE_CHECKING:
+    from kvlab.methods.cache.ragged import RaggedCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +143,32 @@ class LanguageModel(nn.Module, ABC):
             new_tokens: how many tokens the session will be given at most (sizes the cache).
             apply: run-time axes (eviction, budget, precision, prefill); None is the full cache.
         """
+
+    def serve(
+        self, ids: Tensor, positions: Tensor, cache: RaggedCache, passes: int | None = None
+    ) -> Tensor:
+        """Run the rows of one step of a server's engine.
+
+        Args:
+            ids, positions: [T], of requests that lie one behind the other; see `Batch`.
+            passes: over layers that read upwards; None: as the model trains.
+
+        Returns:
+            [T, W], for `head_of`; of a prompt only the last row need mean anything.
+
+        Raises:
+            KvlabError: this model cannot be served.
+        """
+        raise KvlabError(f"a {type(self).__name__} cannot be served")
+
+    def head_of(self, hidden: Tensor) -> Tensor:
+        """Map what `serve` returned [T, W] to logits [T, V]."""
+        raise KvlabError(f"a {type(self).__name__} cannot be served")
+
+    @property
+    def rotation(self) -> Tensor:
+        """The frequencies of the acting decoder's rotation, for a cache that rotates."""
+        raise KvlabError(f"a {type(self).__name__} cannot be served")
 
     @property
     @abstractmethod

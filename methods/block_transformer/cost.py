@@ -12,6 +12,9 @@ from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.cost import DecoderCost, causal_pairs
 from kvlab.methods.registry import resolve
 
+ID = 4
+"""Bytes of a token's id."""
+
 
 class BlockCost(Cost):
     """Cost of embedder, block decoder, expansion and token decoder.
@@ -159,3 +162,23 @@ class BlockCost(Cost):
 def cost(config: DecoderConfig, method: Method) -> Cost:
     """Return the cost of a Block Transformer."""
     return BlockCost(config, method)
+
+
+def state_bytes(config: DecoderConfig, method: Method, itemsize: int) -> int:
+    """Bytes that a server keeps of a request beside its blocks: the block in the making.
+
+    Its tokens (int32), and the keys and values of the token decoder.
+    """
+    params = method["granularity"].params
+    found = sizes(config, params)
+    token = found.token
+    rows = token.layers * 2 * token.kv_heads * found.rows * token.head_dim
+    return int(params.block_length * ID + rows * itemsize)
+
+
+def unserved(method: Method) -> str | None:
+    """Say why a server's engine cannot run it; None where it can."""
+    kind = method["granularity"].params.token_decoder
+    if kind == "prefix":
+        return None
+    return f"a token decoder of kind '{kind}' cannot be served: train with token_decoder: prefix"

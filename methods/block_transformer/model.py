@@ -16,6 +16,7 @@ from kvlab.methods.block_transformer.params import BlockTransformerParams
 from kvlab.methods.block_transformer.sizes import sizes
 from kvlab.methods.block_transformer.token_decoder import build_token_decoder
 from kvlab.methods.cache.opening import one_pass_cache
+from kvlab.methods.cache.ragged import RaggedCache
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.model import Decoder
 from kvlab.methods.model import LanguageModel, Score, Session
@@ -136,6 +137,20 @@ class BlockTransformer(LanguageModel):
         from kvlab.methods.block_transformer.session import BlockSession
 
         return BlockSession(self, ids, valid, new_tokens, apply)
+
+    def serve(
+        self, ids: Tensor, positions: Tensor, cache: RaggedCache, passes: int | None = None
+    ) -> Tensor:
+        from kvlab.methods.block_transformer.serving import serve
+
+        return serve(self, ids, positions, cache, passes)
+
+    def head_of(self, hidden: Tensor) -> Tensor:
+        return self.token_decoder.decoder.head(hidden)
+
+    @property
+    def rotation(self) -> Tensor:
+        return self.block_decoder.frequencies
 
     @property
     def acting(self) -> DecoderConfig:

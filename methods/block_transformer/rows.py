@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvlab.kernels.attention import EMPTY
 from kvlab.methods.cache.ephemeral import EphemeralCache
-from kvlab.methods.cache.interface import Cache, Keys
+from kvlab.methods.cache.interface import Cache, Extra, Keys, Step
 from kvlab.methods.decoder.config import DecoderConfig
 
 
@@ -75,5 +76,41 @@ class BlockRows(Cache):
     def finish(self) -> None:
         self._held += self._arriving
 
+    def stored(self) -> Tensor:
+        """The storages [B, layers, 2, H_kv, rows, D]; zero where nothing is held yet."""
+        every = torch.stack(self._layers, dim=2).permute(1, 2, 0, 3, 4, 5).clone()
+        every[..., self._held :, :] = 0
+        return every
+
     def nbytes(self) -> int:
         return sum(t.untyped_storage().nbytes() for t in (*self._layers, *self.memory))
+
+
+class RequestRows(Cache):
+    """The rows of blocks that are at different places, as a server's requests are.
+
+    Attributes:
+        kv: [B, layers, 2, H_kv, rows, D]; written in place.
+        row: [B], where this step's row goes; those before it are held.
+    """
+
+    def __init__(self, kv: Tensor) -> None:
+        self.kv = kv
+        self.row = torch.empty(0)
+        self._keys: Tensor | None = None
+
+    def plan(self, step: Step) -> Extra | None:
+        places = torch.arange(self.kv.shape[4], device=self.kv.device)
+        self._keys = torch.where(places <= self.row.unsqueeze(1), places, EMPTY)
+        return None
+
+    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor | None) -> None:
+        samples = torch.arange(len(k), device=k.device)
+        self.kv[samples, layer, 0, :, self.row] = k[:, :, 0]
+        self.kv[samples, layer, 1, :, self.row] = v[:, :, 0]
+
+    def read(self, layer: int) -> Keys:
+        return Keys(self.kv[:, layer, 0], self.kv[:, layer, 1], self._keys)
+
+    def nbytes(self) -> int:
+        return self.kv.untyped_storage().nbytes()

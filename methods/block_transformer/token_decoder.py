@@ -10,7 +10,7 @@ from kvlab.kernels.attention import EMPTY
 from kvlab.methods.block_transformer.cross_attention import CrossAttendingDecoder
 from kvlab.methods.block_transformer.embedder import fan_in_linear
 from kvlab.methods.block_transformer.params import BlockTransformerParams
-from kvlab.methods.block_transformer.rows import BlockRows, MaskedPass
+from kvlab.methods.block_transformer.rows import BlockRows, MaskedPass, RequestRows
 from kvlab.methods.block_transformer.sizes import Sizes
 from kvlab.methods.cache.interface import Cache
 from kvlab.methods.decoder.config import DecoderConfig
@@ -85,6 +85,12 @@ class TokenDecoder(nn.Module):
         hidden = self._input(tokens, place, rows.vectors).unsqueeze(1)
         position = torch.full_like(tokens, self.lead + place).unsqueeze(1)
         return self._run(hidden, position, rows, rows.memory)[:, -1]
+
+    def append_at(self, tokens: Tensor, places: Tensor, rows: RequestRows) -> Tensor:
+        """Do as `append` does for blocks at different places [B]."""
+        rows.row = (self.lead + places).clamp_max(self.rows - 1)
+        hidden = self.decoder.embed(tokens).unsqueeze(1)
+        return self.decoder.body(hidden, rows.row.unsqueeze(1), rows)[:, -1]
 
     def _decoder(self, config: DecoderConfig) -> Decoder:
         return Decoder(config)

@@ -183,6 +183,10 @@ class EvictingCache(Cache):
         """The positions [B, H or 1, C] of the rows that KV layer `layer` holds, EMPTY elsewhere."""
         return self._table[layer].at(layer)
 
+    def kept(self, layer: int) -> tuple[Held, Tensor]:
+        """What KV layer `layer` holds, and the past rows [B] (on the CPU) that it may keep."""
+        return self._held_rows(layer), self._table[layer].budgets
+
     def budgets(self) -> Tensor:
         """[B, K] on the CPU: past rows that each KV layer keeps of each sample."""
         return self._rows
@@ -309,9 +313,7 @@ class EvictingCache(Cache):
     def _install(self, layer: int, rows: Held, lengths: Tensor) -> None:
         """Copy the best of so many rows [B] (on the CPU) into the layer's own slots."""
         table = self._table[layer]
-        chosen = table.choose(
-            layer, rows.positions, rows.scores, self._newest, self._window(table)
-        )
+        chosen = table.choose(layer, rows.positions, rows.scores, self._newest, self._window(table))
         table.install(layer, chosen, rows.positions, rows.scores)
         counts = torch.minimum(table.budgets, lengths)
         self._storage[layer].fill(chosen.rows(rows.k), chosen.rows(rows.v), counts)

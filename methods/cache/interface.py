@@ -68,6 +68,7 @@ class Cache(ABC):
         observes_all: it decides by what `observe` shows of every row of every layer, so that none
             may be left out of a prompt.
         sees_each: `observe` gets the attention of every query row by itself, not their sum.
+        attends: it reads and attends by itself: `attend` is asked instead of `read`.
         rotates: true when keys are kept un-rotated: the decoder then rotates what `read` returned
             by `rotary_positions` instead of rotating before `write` (positions inside the cache).
     """
@@ -75,6 +76,7 @@ class Cache(ABC):
     rotates: bool = False
     observes_all: bool = False
     sees_each: bool = False
+    attends: bool = False
 
     def reserve(self, rows: int | Tensor) -> None:  # noqa: B027
         """Hear that a turn of so many rows begins, its answer included (StreamingLLM's turns).
@@ -99,6 +101,17 @@ class Cache(ABC):
 
         Before, the past alone; None where there is none.
         """
+
+    def attend(self, layer: int, q: Tensor, own: Rule) -> Tensor:
+        """Attend with the queries [B, H, T, D] of a decoder layer; if `attends`.
+
+        Args:
+            q: rotated, unless the cache `rotates`. own: what the model lets the layer read.
+
+        Returns:
+            [B, H, T, D_v].
+        """
+        raise NotImplementedError
 
     def rule(self, layer: int, own: Rule) -> Rule:
         """What a query of decoder layer `layer` may read: `own`, the model's, or a tighter one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,9 @@ from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.segments import runs_by_row
 from kvlab.methods.prefill.params import prefill_of
 from kvlab.methods.registry import refuse_misfits, refuse_unread, resolve
+
+if TYPE_CHECKING:
+    from kvlab.methods.cache.ranking import InSlots
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,10 @@ class Eviction(ABC):
 
         None where only a token-by-token pass can tell: a choice that depends on content.
         """
+        return None
+
+    def in_slots(self) -> InSlots | None:
+        """Return how a server may keep its rows in slots; None: it cannot."""
         return None
 
 

@@ -8,9 +8,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvlab.kernels.attention import EMPTY
+from kvlab.methods.budget.budget import Budget
 from kvlab.methods.cache.interface import Cache
 from kvlab.methods.cache.opening import Eviction, Opening
 from kvlab.methods.decoder.config import DecoderConfig
+
+
+class InSlots(NamedTuple):
+    """How rows stand in slots: which leave, and how many stay (None: as the method says)."""
+
+    ranking: Ranking
+    budget: Budget | None
 
 
 class Rows(NamedTuple):
@@ -79,6 +88,21 @@ class Ranking(Eviction):
     def rank(self, rows: Rows) -> Tensor:
         """Return [..., B, H or 1, S] float32; inf on rows that stay whatever comes."""
 
+    def in_slots(self) -> InSlots:
+        return InSlots(self, None)
+
+
+def ranked(ranking: Ranking, rows: Rows, window: int | Tensor | None) -> Tensor:
+    """Rank rows [..., B, H or 1, S]; -inf where there is none.
+
+    Args: window: rows that no later query can read leave first; None: all can be read.
+    """
+    ranks = ranking.rank(rows)
+    if window is not None:
+        lowest = torch.finfo(ranks.dtype).min
+        ranks = ranks.masked_fill(rows.positions <= rows.newest + 1 - window, lowest)
+    return ranks.masked_fill(rows.positions == EMPTY, float("-inf"))
+
 
 def by_age(rows: Rows) -> Tensor:
     """The newest ranks highest. Exact to 2^24 positions."""
@@ -94,3 +118,9 @@ class Newest(Ranking):
 
     def rank(self, rows: Rows) -> Tensor:
         return by_age(rows)
+
+
+class All(Newest):
+    """Every row stays."""
+
+    grows = True

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvlab.kernels.attention import EMPTY
-from kvlab.methods.cache.ranking import Ranking, Rows
+from kvlab.methods.cache.ranking import Ranking, Rows, ranked
 
 
 class Held(NamedTuple):
@@ -159,13 +159,8 @@ class Table:
             # Nobody read them: in one pass over a prompt, layers below do not find them yet.
             shape = (*positions.shape[:-2], self.heads, positions.shape[-1])
             scores = torch.zeros(shape, device=positions.device)
-        ranks = self.ranking.rank(
-            Rows(positions, scores, newest, self.budget, self.heads, layers or self.layers)
-        )
-        if window is not None:
-            lowest = torch.finfo(ranks.dtype).min
-            ranks = ranks.masked_fill(positions <= newest + 1 - window, lowest)
-        return ranks.masked_fill(positions == EMPTY, float("-inf"))
+        rows = Rows(positions, scores, newest, self.budget, self.heads, layers or self.layers)
+        return ranked(self.ranking, rows, window)
 
     def install(self, layer: int, chosen: Chosen, positions: Tensor, scores: Tensor | None) -> None:
         """Enter the rows that stay, of a layer whose slots are empty."""

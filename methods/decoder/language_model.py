@@ -12,6 +12,7 @@ from kvlab import KvlabError
 from kvlab.kernels.attention import EMPTY
 from kvlab.methods.axis import Method
 from kvlab.methods.cache.opening import one_pass_cache, open_cache
+from kvlab.methods.cache.ragged import RaggedCache
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.model import Decoder
 from kvlab.methods.model import LanguageModel, Score, Session, refuse_padding_behind
@@ -73,6 +74,22 @@ class TokenModel(LanguageModel):
         apply: Method | None = None,
     ) -> Session:
         return TokenSession(self.decoder, ids, valid, new_tokens, apply)
+
+    def serve(
+        self, ids: Tensor, positions: Tensor, cache: RaggedCache, passes: int | None = None
+    ) -> Tensor:
+        hidden = self.decoder.embed(ids.unsqueeze(0))
+        body = self.decoder.body(
+            hidden, positions.unsqueeze(0), cache, ids.unsqueeze(0), passes=passes
+        )
+        return body[0]
+
+    def head_of(self, hidden: Tensor) -> Tensor:
+        return self.decoder.head(hidden)
+
+    @property
+    def rotation(self) -> Tensor:
+        return self.decoder.frequencies
 
     @property
     def acting(self) -> DecoderConfig:

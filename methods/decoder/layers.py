@@ -114,8 +114,11 @@ class Attention(nn.Module):
             step.cache.write(self.layer, self._turned(k, self.k_norm, step), v, step.positions)
         else:
             q = heads
-        keys = step.cache.read(self.source)
-        return self.read(self._turned(q, self.q_norm, step), keys, step)
+        q = self._turned(q, self.q_norm, step)
+        if step.cache.attends:
+            attended = step.cache.attend(self.layer, q, self.rule)
+            return self.out(attended.transpose(1, 2).flatten(2)), None
+        return self.read(q, step.cache.read(self.source), step)
 
     def queries(self, x: Tensor, step: Pass) -> Tensor:
         """Map normed hidden states [B, T, W] to the queries [B, H, T, D] alone."""

@@ -37,7 +37,7 @@ class Decoder(nn.Module):
         own_head = head and not (config.tie_embeddings and embeddings)
         self.output = nn.Linear(config.width, config.vocab_size, bias=False) if own_head else None
         # Not a buffer: `model.to(bfloat16)` must not round the frequencies.
-        self._frequencies = signed_frequencies(config)
+        self.frequencies = signed_frequencies(config)
         self.apply(self._initialise)
 
     def _initialise(self, module: nn.Module) -> None:
@@ -170,9 +170,9 @@ class Decoder(nn.Module):
         return True
 
     def _pass(self, hidden: Tensor, positions: Tensor | None, cache: Cache) -> Pass:
-        if self._frequencies.device != hidden.device:
-            self._frequencies = self._frequencies.to(hidden.device)
-        return Pass(positions, self._frequencies, hidden, cache)
+        if self.frequencies.device != hidden.device:
+            self.frequencies = self.frequencies.to(hidden.device)
+        return Pass(positions, self.frequencies, hidden, cache)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Map hidden states [..., W] to logits [..., V]."""

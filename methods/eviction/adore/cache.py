@@ -196,8 +196,7 @@ class AdoreCache(EvictingCache):
     def _held(self) -> Iterator[tuple[int, Tensor]]:
         """For all that keep rows alike, one KV layer and the positions [B, C] that it holds."""
         for table in self._tables:
-            for layer, held in zip(table.layers, table.positions[:, :, 0], strict=False):
-                yield layer, held
+            yield from zip(table.layers, table.positions[:, :, 0], strict=False)
 
     def _released(self, count: int) -> tuple[Tensor, Tensor]:
         """What a layer lacks of the first `count` positions, but for the rows of this pass.

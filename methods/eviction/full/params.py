@@ -21,5 +21,6 @@ ENTRY = Value(
     cost="kvlab.methods.eviction.full.cost",
     default=True,
     consumes=("precision",),
+    served=lambda params: "paged",
     sources=("kvlab.methods.eviction.full",),
 )

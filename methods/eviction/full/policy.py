@@ -7,7 +7,7 @@ from kvlab.methods.cache.evicting import EvictingCache
 from kvlab.methods.cache.interface import Cache
 from kvlab.methods.cache.opening import Opening
 from kvlab.methods.cache.policy import Policy
-from kvlab.methods.cache.ranking import Newest
+from kvlab.methods.cache.ranking import All, InSlots, Newest
 
 
 class FullPolicy(Policy):
@@ -17,6 +17,9 @@ class FullPolicy(Policy):
         if opening.stores_by_row():
             return super().open(opening)
         return EvictingCache(Newest(self.params), opening, budget=Fixed(None))
+
+    def in_slots(self) -> InSlots:
+        return InSlots(All(self.params), Fixed(None))
 
     def capacity(self, layer: int, rows: int) -> int:
         return rows

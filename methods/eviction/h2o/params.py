@@ -35,5 +35,6 @@ ENTRY = Value(
     least=lambda params: 2,
     scores=True,
     observes_all=True,
+    served=lambda params: "slots",
     sources=("kvlab.methods.eviction.h2o",),
 )

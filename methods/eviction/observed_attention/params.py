@@ -23,5 +23,6 @@ ENTRY = Value(
     grows=lambda params: True,
     scores=True,
     observes_all=True,
+    served=lambda params: "slots",
     sources=("kvlab.methods.eviction.observed_attention",),
 )

@@ -40,5 +40,6 @@ ENTRY = Value(
     consumes=("budget", "precision"),
     composes=composes,
     least=lambda params: 1 if params.window is None else 0,
+    served=lambda params: "slots" if params.window is None else "paged",
     sources=("kvlab.methods.eviction.sliding_window",),
 )

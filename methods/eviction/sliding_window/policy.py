@@ -10,7 +10,7 @@ from kvlab.methods.cache.evicting import EvictingCache
 from kvlab.methods.cache.interface import Cache
 from kvlab.methods.cache.opening import Eviction, Opening
 from kvlab.methods.cache.policy import Policy
-from kvlab.methods.cache.ranking import Newest
+from kvlab.methods.cache.ranking import InSlots, Newest
 from kvlab.methods.cache.windows import ReadsWindow, window_of
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.eviction.sliding_window.params import SlidingWindowParams
@@ -41,6 +41,9 @@ class SlidingWindow(Eviction):
             past = window_of(method)
             window = None if past is None else past + 1
         return None if window is None else one_pass(config, ReadsWindow(window), passes)
+
+    def in_slots(self) -> InSlots | None:
+        return InSlots(Newest(self.params), None) if self.params.window is None else None
 
 
 class Ring(Policy):

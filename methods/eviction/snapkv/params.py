@@ -52,5 +52,6 @@ ENTRY = Value(
     least=lambda params: params.window + 1,
     scores=True,
     observes_all=True,
+    served=lambda params: "slots",
     sources=("kvlab.methods.eviction.snapkv",),
 )

@@ -35,5 +35,6 @@ ENTRY = Value(
     consumes=("budget", "precision"),
     grows=lambda params: params.generated == "keep",
     least=lambda params: params.sinks + 1,
+    served=lambda params: "slots",
     sources=("kvlab.methods.eviction.streaming_llm",),
 )

@@ -80,7 +80,7 @@ def merge(wrapper: Any) -> LanguageModel:
 def _quantize(model: LanguageModel, names: Sequence[str], kind: str) -> None:
     """Hold linear maps in 4 bits, on the device where they are."""
     try:
-        from bitsandbytes.nn import Linear4bit
+        from bitsandbytes import nn as quantised
     except ImportError:
         raise JobError(
             "lora.quantize: needs bitsandbytes, which is not installed: pip install bitsandbytes"
@@ -89,7 +89,8 @@ def _quantize(model: LanguageModel, names: Sequence[str], kind: str) -> None:
         plain = model.get_submodule(name)
         assert isinstance(plain, nn.Linear)
         bias = plain.bias is not None
-        held = Linear4bit(plain.in_features, plain.out_features, bias=bias, quant_type=kind)
+        made: Any = quantised.Linear4bit
+        held = made(plain.in_features, plain.out_features, bias=bias, quant_type=kind)
         held.load_state_dict(plain.state_dict())
         model.set_submodule(name, held.to(plain.weight.device).requires_grad_(False))
 
@@ -103,10 +104,8 @@ def _restore(wrapper: Any) -> None:
             continue
         from bitsandbytes.functional import dequantize_4bit
 
-        plain = nn.utils.skip_init(
-            nn.Linear, held.in_features, held.out_features, bias=held.bias is not None
-        ).to(held.weight.device)
-        plain.weight.data = dequantize_4bit(held.weight.data, state).to(plain.weight.dtype)
+        plain = nn.Linear(held.in_features, held.out_features, bias=held.bias is not None)
+        plain.weight.data = dequantize_4bit(held.weight.data, state).float()
         if held.bias is not None:
             plain.bias.data = held.bias.data
         layer.base_layer = plain

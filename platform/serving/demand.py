@@ -1,0 +1,280 @@
+"""What a method takes of a paged server's pool, predicted from sizes alone. No torch.
+
+A server divides its memory into blocks of equal size and gives a request whole ones. How many it
+needs differs from the bytes that the method itself keeps, and depends on how rows are laid out:
+
+- `Paged`: a block holds `block_size` tokens of the KV layers of a group, as in vLLM's own models.
+  Layers with a window give back the blocks that left it.
+- `Slots`: a request has an arena of rows, which its KV layers divide among themselves to the row; a
+  block holds `block_size` of them. All that a request will need is given to it when it is admitted,
+  so that it is never turned out, which would change what it keeps.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kvlab import KvlabError
+from kvlab.methods.axis import TRAIN_TIME, Choice, Method
+from kvlab.methods.budget.cost import POSITION
+from kvlab.methods.decoder.config import DecoderConfig
+from kvlab.methods.registry import from_dict
+
+KNOWN = 4
+"""Bytes of what is known of a row: where it stood (int32), what it scored (float32)."""
+ALIGNMENT = 16
+"""Rows begin at multiples of so many bytes, as vector loads want them."""
+
+
+class Unserved(KvlabError):
+    """A method, or a combination of choices, that the server cannot keep."""
+
+
+class Demand(ABC):
+    """What requests take of a pool; see the module's text."""
+
+    @abstractmethod
+    def blocks(self, prompt: int, tokens: int) -> int:
+        """Blocks that a request of so many tokens holds at most, `prompt` of them given."""
+
+    @property
+    @abstractmethod
+    def block_bytes(self) -> int:
+        """Bytes of a block."""
+
+    def most_blocks(self, tokens: int) -> int:
+        """Blocks that a request of at most so many tokens can need, whatever its prompt."""
+        return max(self.blocks(prompt, tokens) for prompt in (1, tokens))
+
+    def requests(self, pool: int, prompt: int, tokens: int) -> int:
+        """How many such requests a pool of so many bytes holds; one block is never given."""
+        return (pool // self.block_bytes - 1) // self.blocks(prompt, tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Paged(Demand):
+    """Attributes:
+    block_size: tokens of a block. row_bytes: of one KV layer's row.
+    windows: of each KV layer, the tokens that a query reads; None: all.
+    in_flight: tokens that a step may add to a request before blocks are given back.
+    """
+
+    block_size: int
+    row_bytes: int
+    windows: tuple[int | None, ...]
+    in_flight: int
+
+    def blocks(self, prompt: int, tokens: int) -> int:
+        whole = math.ceil(tokens / self.block_size)
+        found = 0
+        for window, layers in Counter(self.windows).items():
+            each = whole
+            if window is not None:
+                held = min(window - 1 + self.in_flight, tokens)
+                each = min(whole, math.ceil(held / self.block_size) + 1)
+            found += each * math.ceil(layers / self.group)
+        return found
+
+    @property
+    def group(self) -> int:
+        """Layers that one block serves: those of the smallest kind, or of the largest if close."""
+        counts = Counter(self.windows).values()
+        return max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.block_size * self.row_bytes * self.group
+
+
+@dataclass(frozen=True, slots=True)
+class Slots(Demand):
+    """Attributes:
+    block_size: rows of a block.
+    config: of the decoder whose past is kept. method: its run-time axes count.
+    span: tokens that one position stands for.
+    itemsize: bytes of a number.
+    state: bytes that a request has beside its rows.
+    """
+
+    block_size: int
+    config: DecoderConfig
+    method: Method
+    span: int
+    itemsize: int
+    state: int
+
+    @property
+    def heads(self) -> int:
+        """Heads that rows are kept for."""
+        count = getattr(self._cost, "heads", None)
+        return int(count(self.config, self.method)) if count else self.config.kv_heads
+
+    @property
+    def known(self) -> int:
+        """Bytes of what is known of a row; of each head's, where they keep rows of their own."""
+        own = getattr(self._cost, "slot_bytes", None)
+        bytes_: int = own(self.config, self.method) if own else 0
+        if not bytes_:
+            return KNOWN
+        return self.heads * (2 * KNOWN if bytes_ > POSITION else KNOWN)
+
+    @property
+    def width(self) -> int:
+        """Numbers of a row: keys and values, what is known of it, and what fills it up."""
+        bytes_ = 2 * self.heads * self.config.head_dim * self.itemsize + self.known
+        return math.ceil(bytes_ / ALIGNMENT) * ALIGNMENT // self.itemsize
+
+    @property
+    def block_bytes(self) -> int:
+        return self.block_size * self.width * self.itemsize
+
+    @property
+    def head(self) -> int:
+        """Rows in front of the slots that hold the request's state."""
+        return math.ceil(self.state / (self.width * self.itemsize))
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether a prompt is cut."""
+        return "budget" in self.method["eviction"].value.consumes
+
+    @property
+    def grows(self) -> bool:
+        """Whether all that comes after a prompt stays."""
+        eviction = self.method["eviction"]
+        grows = eviction.value.grows
+        return not self.budgeted or (grows is not None and grows(eviction.params))
+
+    def slots(self, prompt: int) -> int:
+        """Slots of all layers together for a prompt of so many positions."""
+        layers = self.config.kv_layers
+        if not self.budgeted:
+            return prompt * len(layers)
+        budget = importlib.import_module(str(self.method["budget"].value.cost))
+        rows: list[float] = [
+            budget.rows(self.config, self.method, layer, prompt) for layer in layers
+        ]
+        if self.grows:
+            return math.ceil(sum(min(own, prompt) for own in rows))
+        return math.ceil(sum(rows)) + len(layers)
+
+    def blocks(self, prompt: int, tokens: int) -> int:
+        first = math.ceil(prompt / self.span)
+        later = (tokens - prompt) // self.span if self.grows else 0
+        rows = self.head + self.slots(first) + later * len(self.config.kv_layers)
+        return math.ceil(rows / self.block_size)
+
+    @property
+    def _cost(self) -> Any:
+        return importlib.import_module(str(self.method["eviction"].value.cost))
+
+
+def demand_of(
+    config: DecoderConfig,
+    trained: Mapping[str, Any],
+    apply: Mapping[str, Any],
+    *,
+    itemsize: int,
+    block_size: int,
+    in_flight: int,
+) -> Demand:
+    """Return what a model takes of a pool under run-time choices.
+
+    Args:
+        config: of the model as a whole. trained, apply: methods in canonical form.
+        in_flight: tokens that a step may add to a request.
+
+    Raises:
+        Unserved: the server cannot keep it.
+    """
+    method = under(trained, apply)
+    if problem := next(iter(problems(config, method)), None):
+        raise Unserved(problem)
+    acting = method.acting(config)
+    row = 2 * acting.kv_heads * acting.head_dim * itemsize
+    if layout(method) == "paged":
+        return Paged(block_size, row, windows(acting, method), in_flight)
+    return Slots(
+        block_size, acting, method, method.span(), itemsize, state_of(config, method, itemsize)
+    )
+
+
+def under(trained: Mapping[str, Any], apply: Mapping[str, Any]) -> Method:
+    """Return a model's method with its run-time axes chosen."""
+    made, chosen = from_dict(trained), from_dict(apply)
+    choices: dict[Any, Choice] = dict(made.choices)
+    choices |= {axis: choice for axis, choice in chosen.choices.items() if axis not in TRAIN_TIME}
+    return Method(made.label, choices)
+
+
+def layout(method: Method) -> str | None:
+    """How the server keeps a method: "paged", "slots"; None: it cannot."""
+    eviction = method["eviction"]
+    served = eviction.value.served
+    found = served(eviction.params) if served else None
+    return "slots" if found == "paged" and method.span() > 1 else found
+
+
+def windows(config: DecoderConfig, method: Method) -> tuple[int | None, ...]:
+    """Tokens that a query of each KV layer's readers reads, the tighter of model and method."""
+    eviction = method["eviction"]
+    cost = importlib.import_module(str(eviction.value.cost))
+    found = []
+    for kv in config.kv_layers:
+        readers = [layer for layer, source in enumerate(config.kv_of) if source == kv]
+        own = [config.windows[layer] if config.windows else None for layer in readers]
+        model = None if None in own else max(own)  # type: ignore[type-var]
+        chosen = cost.prompt_window(config, method, kv)
+        both = [window for window in (model, chosen) if window is not None]
+        found.append(min(both, default=None))
+    return tuple(found)
+
+
+def state_of(config: DecoderConfig, method: Method, itemsize: int) -> int:
+    """Bytes that a request has beside its rows."""
+    state = getattr(_cost(method), "state_bytes", None)
+    return int(state(config, method, itemsize)) if state else 0
+
+
+def _cost(method: Method) -> Any:
+    """The cost module of the granularity; for a server it may have `state_bytes`, `unserved`."""
+    return importlib.import_module(str(method["granularity"].value.cost))
+
+
+def problems(config: DecoderConfig, method: Method) -> list[str]:
+    """Say why the server cannot keep a method; nothing where it can."""
+    found = []
+    eviction, precision = method["eviction"], method.choices.get("precision")
+    how, acting = layout(method), method.acting(config)
+    if how is None:
+        found.append(f"'{eviction.value.name}' cannot be served yet")
+    if precision is not None and not precision.is_default:
+        found.append(
+            f"'{precision.value.name}' cannot be served: the engine has quantised caches of its "
+            "own (--kv-cache-dtype)"
+        )
+    if method.span() > 1 and windows(acting, method) != (None,) * len(acting.kv_layers):
+        found.append(f"'{eviction.value.name}' over blocks cannot be served with a window")
+    sharing = acting.sharing
+    if sharing is not None:
+        upward = any(kv > layer for layer, kv in enumerate(sharing.kv_of))
+        if sharing.sequential:
+            found.append("layers that run row by row (sequential) cannot be served")
+        if how == "slots" and (sharing.strict or upward):
+            found.append(
+                f"'{eviction.value.name}' is served where layers share keys downwards alone (a "
+                "bottom layout)"
+            )
+    budget = method["budget"].params
+    if getattr(budget, "refresh", None) is not None and how == "slots":
+        found.append("refresh: budgets that are divided anew cannot be served: leave it out")
+    unserved = getattr(_cost(method), "unserved", None)
+    if unserved is not None and (problem := unserved(method)):
+        found.append(problem)
+    return found

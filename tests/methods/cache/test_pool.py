@@ -1,0 +1,173 @@
+"""The pool's cache against sessions of one request each: the same logits, wherever rows lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvlab.methods.axis import Method
+from kvlab.methods.build import build
+from kvlab.methods.cache.pool import PoolCache, Space
+from kvlab.methods.cache.ragged import Batch
+from kvlab.methods.decoder.config import DecoderConfig, llama
+from kvlab.methods.model import LanguageModel
+from kvlab.methods.registry import resolve
+from kvlab.platform.serving.demand import Slots, demand_of, under
+
+VOCABULARY, LIMIT, BLOCK = 53, 96, 4
+METHODS: dict[str, dict[str, Any]] = {
+    "sliding_window": {"sliding_window": {}, "uniform": {"tokens": 6}},
+    "streaming_llm": {"streaming_llm": {}, "uniform": {"tokens": 8}},
+    "streaming_absolute": {"streaming_llm": {"positions": "absolute"}, "uniform": {"tokens": 8}},
+    "streaming_keep": {"streaming_llm": {"generated": "keep"}, "uniform": {"tokens": 8}},
+    "h2o": {"h2o": {}, "uniform": {"tokens": 6}},
+    "h2o_cache": {"h2o": {"positions": "cache"}, "uniform": {"tokens": 6}},
+    "h2o_keep": {"h2o": {"generated": "keep"}, "uniform": {"share": 0.5}},
+    "snapkv": {"snapkv": {"window": 3}, "uniform": {"tokens": 7}},
+    "snapkv_by_query": {"snapkv": {"window": 3, "heads": "query"}, "uniform": {"tokens": 7}},
+    "observed_attention": {"observed_attention": {}, "uniform": {"share": 0.4}},
+    "per_layer": {"h2o": {}, "per_layer": {"tokens": [9, 4, 6]}},
+    "squeeze": {"h2o": {}, "squeeze_attention": {"tokens": 8}},
+    "squeeze_streaming": {"streaming_llm": {}, "squeeze_attention": {"share": 0.5, "p": 0.5}},
+    "pyramidkv": {"snapkv": {"window": 3}, "pyramidkv": {"tokens": 8}},
+}
+
+
+class Engine:
+    """Joins and ends requests of a pool at will, as a server's engine does."""
+
+    def __init__(self, model: LanguageModel, apply: Mapping[str, Any]) -> None:
+        self.model, config = model, model.config
+        asked = resolve(dict(apply))
+        size = next(model.parameters()).element_size()
+        demand = demand_of(
+            config, model.method.to_dict(), asked.to_dict(),
+            itemsize=size, block_size=BLOCK, in_flight=LIMIT,
+        )  # fmt: skip
+        assert isinstance(demand, Slots)
+        self.demand = demand
+        method = under(model.method.to_dict(), asked.to_dict())
+        slots = method["eviction"].value.load()(method["eviction"].params).in_slots()
+        blocks = 500
+        self.pool = torch.full((blocks * BLOCK, demand.width), float("nan"), dtype=torch.float64)
+        space = Space(
+            demand.width, BLOCK, demand.head, demand.state // size, LIMIT // method.span()
+        )
+        self.cache = PoolCache(
+            demand.config, method, slots, self.pool, space, model.rotation
+        )  # fmt: skip
+        self.free = torch.randperm(
+            blocks - 1, generator=torch.Generator().manual_seed(3)
+        ).add(1).tolist()  # fmt: skip
+        self.blocks: dict[str, list[int]] = {}
+        self.seen: dict[str, int] = {}
+
+    def step(self, new: Mapping[str, list[int]], going: Mapping[str, int]) -> dict[str, Tensor]:
+        """Run whole prompts and one more token each of others; return the logits of each."""
+        for name, prompt in new.items():
+            count = self.demand.blocks(len(prompt), LIMIT)
+            assert count <= len(self.free)
+            self.blocks[name], self.free = self.free[:count], self.free[count:]
+            self.seen[name] = 0
+        ids, positions, ends, prompts, rows = [], [], {}, [], []
+        for name in (*new, *going):
+            came = new[name] if name in new else [going[name]]
+            begun = len(ids)
+            ids += came
+            positions += range(self.seen[name], self.seen[name] + len(came))
+            self.seen[name] += len(came)
+            ends[name] = len(ids) - 1
+            if name in new:
+                prompts.append(slice(begun, len(ids)))
+            else:
+                rows.append(begun)
+        batch = Batch(
+            tuple(prompts), torch.tensor(rows, dtype=torch.long), self.table(new),
+            self.table(going), max(self.seen.values()),
+        )  # fmt: skip
+        with torch.inference_mode():
+            self.cache.begin(batch)
+            out = self.model.serve(torch.tensor(ids), torch.tensor(positions), self.cache)
+            logits = self.model.head_of(out)
+        return {name: logits[row] for name, row in ends.items()}
+
+    def table(self, names: Any) -> Tensor:
+        longest = max(len(blocks) for blocks in self.blocks.values())
+        rows = [self.blocks[n] + [7] * (longest - len(self.blocks[n])) for n in names]
+        return torch.tensor(rows, dtype=torch.long).view(len(rows), longest)
+
+    def end(self, name: str) -> None:
+        self.free = self.blocks.pop(name) + self.free
+        del self.seen[name]
+
+
+def model_of(method: Method, **sizes: Any) -> LanguageModel:
+    torch.manual_seed(0)
+    config = DecoderConfig(VOCABULARY, **{**llama(32, 3, 4, 2, 48), **sizes})
+    return build(config, method).double().eval()
+
+
+def played(model: LanguageModel, apply: dict[str, Any]) -> None:
+    """Requests come, go and are of all lengths; each gives what it gives by itself."""
+    engine = Engine(model, apply)
+    draw = torch.Generator().manual_seed(1)
+    lengths = {"a": 23, "b": 9, "c": 15, "d": 1, "e": 30}
+    prompts = {
+        name: torch.randint(1, VOCABULARY, (length,), generator=draw).tolist()
+        for name, length in lengths.items()
+    }
+    comes = {0: ["a", "b"], 3: ["c"], 5: ["d"], 11: ["e"]}
+    goes = {8: ["b"], 10: ["a"]}
+    sessions: dict[str, Any] = {}
+    following: dict[str, int] = {}
+    for number in range(18):
+        for name in goes.get(number, []):
+            engine.end(name)
+            del following[name], sessions[name]
+        new = {name: prompts[name] for name in comes.get(number, [])}
+        found = engine.step(new, following)
+        for name, logits in found.items():
+            if name in new:
+                ids = torch.tensor([prompts[name]])
+                asked = resolve(apply)
+                after = LIMIT - len(prompts[name])
+                sessions[name] = model.start(ids, new_tokens=after, apply=asked)
+                wanted = sessions[name].logits
+            else:
+                wanted = sessions[name].step(torch.tensor([following[name]]))
+            torch.testing.assert_close(logits, wanted[0], atol=1e-6, rtol=0, msg=f"{name} {number}")
+            following[name] = int(logits.argmax())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_requests_are_what_they_are_alone(name: str) -> None:
+    played(model_of(resolve({})), METHODS[name])
+
+
+@pytest.mark.parametrize("name", ["sliding_window", "h2o", "snapkv", "squeeze"])
+def test_layers_that_share_downwards(name: str) -> None:
+    sharing = resolve({"cla": {}})
+    apply = METHODS[name]
+    played(model_of(sharing), apply)
+
+
+@pytest.mark.parametrize("name", ["h2o", "snapkv", "streaming_absolute"])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_windows_of_the_model_and_other_heads(name: str, kv_heads: int) -> None:
+    played(model_of(resolve({}), windows=(5, None, 9), kv_heads=kv_heads), METHODS[name])
+
+
+@pytest.mark.parametrize(
+    "apply",
+    [{}, {"h2o": {}, "uniform": {"tokens": 3}}, {"sliding_window": {}, "uniform": {"tokens": 2}},
+     {"snapkv": {"window": 2}, "uniform": {"tokens": 3}}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("prefix", [1, 2])
+def test_blocks(apply: dict[str, Any], prefix: int) -> None:
+    method = resolve({"block_transformer": {"block_length": 4, "prefix_length": prefix}})
+    played(model_of(method, layers=4), apply)
