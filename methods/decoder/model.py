@@ -176,6 +176,8 @@ class Decoder(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Map hidden states [..., W] to logits [..., V]."""
+        if self.output is not None and type(self.output) is not nn.Linear:
+            return torch.as_tensor(self.output(hidden))  # what stands in its place
         return F.linear(hidden, self._head_table())
 
     def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:

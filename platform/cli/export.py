@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,43 +14,58 @@ from kvlab import KvlabError
 if TYPE_CHECKING:
     from kvlab.db.rows import JobRow
 
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-OWN = {"tokenizer_class": "PreTrainedTokenizerFast"}
-"""Or transformers takes the architecture's own class, which splits text its own way."""
-
 
 def command(
     model: Annotated[str, typer.Argument(help="A job (its cell or name), or a model's folder.")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
+    apply: Annotated[
+        str | None,
+        typer.Option("--apply", help="Run-time choices, as in a workflow: '{h2o: {}, ...}'."),
+    ] = None,
     workflow: Annotated[
         str | None,
         typer.Option("--workflow", help="The job's: name or number; default: the newest with it."),
     ] = None,
 ) -> None:
-    """Write a model with its tokenizer as a Hugging Face checkpoint folder."""
+    """Write a model with its tokenizer as a folder that vLLM serves.
+
+    A Hugging Face checkpoint where its architecture is one of theirs; with --apply, or where it is
+    kvlab's own, a folder that vLLM serves wherever kvlab is installed.
+    """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise KvlabError(f"{folder}: is there and not an empty folder: name a new one")
     source = Path(model) if Path(model).is_dir() else published(model, workflow)
+    from kvlab.platform.cli.applied import canonical_of
+    from kvlab.platform.jobs.checkpoint import trained_method
+    from kvlab.platform.serving import export
+
+    choices = canonical_of(apply) if apply is not None else {}
+    if choices or "granularity" in trained_method(source):
+        export.write(source, choices, folder)
+        print(f"{folder}: {export.ARCHITECTURE}")
+        return
+    print(f"{folder}: {_checkpoint(source, folder)}")
+
+
+def _checkpoint(source: Path, folder: Path) -> str:
+    """Write a Hugging Face checkpoint; return its architecture's name."""
     from kvlab.methods.decoder.huggingface.writer import write_checkpoint
     from kvlab.methods.store import load
     from kvlab.platform.artifacts import remove
+    from kvlab.platform.serving.export import copy_tokenizer
 
     found = load(source)  # before anything is written
     made = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}")
     try:
         made.mkdir(parents=True)
         architecture = write_checkpoint(found, made)
-        for name in TOKENIZER:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, made / name)
-        if (made / TOKENIZER[0]).exists() and not (made / TOKENIZER[1]).exists():
-            (made / TOKENIZER[1]).write_text(json.dumps(OWN) + "\n", encoding="utf-8")
+        copy_tokenizer(source, made)
         made.rename(folder.absolute())
     except OSError as error:
         raise KvlabError(f"{folder}: cannot be written ({error.strerror})") from error
     finally:
         remove(made)
-    print(f"{folder}: {architecture}")
+    return architecture
 
 
 def published(job: str, workflow: str | None) -> Path:

@@ -76,10 +76,21 @@ class Paged(Demand):
         for window, layers in Counter(self.windows).items():
             each = whole
             if window is not None:
-                held = min(window - 1 + self.in_flight, tokens)
-                each = min(whole, math.ceil(held / self.block_size) + 1)
+                each = min(whole, self._windowed(window, tokens))
             found += each * math.ceil(layers / self.group)
         return found
+
+    def most_blocks(self, tokens: int) -> int:
+        """The same, but for a block more of each window, which vLLM reckons with."""
+        whole = math.ceil(tokens / self.block_size)
+        return sum(
+            (whole if window is None else self._windowed(window, tokens))
+            * math.ceil(layers / self.group)
+            for window, layers in Counter(self.windows).items()
+        )
+
+    def _windowed(self, window: int, tokens: int) -> int:
+        return math.ceil(min(window - 1 + self.in_flight, tokens) / self.block_size) + 1
 
     @property
     def group(self) -> int:

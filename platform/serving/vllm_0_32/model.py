@@ -20,6 +20,7 @@ from kvlab.methods.registry import from_dict
 from kvlab.platform.serving.demand import Paged, Slots, under
 from kvlab.platform.serving.vllm_0_32.arena import Arena
 from kvlab.platform.serving.vllm_0_32.config import demand
+from kvlab.platform.serving.vllm_0_32.linear import pack
 from kvlab.platform.serving.vllm_0_32.paged import PagedCache, prompts_of
 
 
@@ -81,6 +82,7 @@ class KvlabForCausalLM(nn.Module):
         for name, tensor in weights:
             ours[name].copy_(tensor)
             loaded.add(f"model.{name}")
+        pack(self.model)
         return loaded
 
     def _ready(self) -> RaggedCache:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvlab.methods.axis import Method
 from kvlab.methods.build import build
@@ -37,11 +38,25 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+class Counting(TorchDispatchMode):
+    """Counts the operations that torch is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        return func(*args, **(kwargs or {}))
+
+
 class Engine:
     """Joins and ends requests of a pool at will, as a server's engine does."""
 
-    def __init__(self, model: LanguageModel, apply: Mapping[str, Any]) -> None:
-        self.model, config = model, model.config
+    def __init__(
+        self, model: LanguageModel, apply: Mapping[str, Any], longest: int = LIMIT
+    ) -> None:
+        self.model, config, self.longest = model, model.config, longest
         asked = resolve(dict(apply))
         size = next(model.parameters()).element_size()
         demand = demand_of(
@@ -52,7 +67,7 @@ class Engine:
         self.demand = demand
         method = under(model.method.to_dict(), asked.to_dict())
         slots = method["eviction"].value.load()(method["eviction"].params).in_slots()
-        blocks = 500
+        blocks = 1000
         self.pool = torch.full((blocks * BLOCK, demand.width), float("nan"), dtype=torch.float64)
         space = Space(
             demand.width, BLOCK, demand.head, demand.state // size, LIMIT // method.span()
@@ -69,7 +84,7 @@ class Engine:
     def step(self, new: Mapping[str, list[int]], going: Mapping[str, int]) -> dict[str, Tensor]:
         """Run whole prompts and one more token each of others; return the logits of each."""
         for name, prompt in new.items():
-            count = self.demand.blocks(len(prompt), LIMIT)
+            count = self.demand.blocks(len(prompt), self.longest)
             assert count <= len(self.free)
             self.blocks[name], self.free = self.free[:count], self.free[count:]
             self.seen[name] = 0
@@ -89,7 +104,8 @@ class Engine:
             tuple(prompts), torch.tensor(rows, dtype=torch.long), self.table(new),
             self.table(going), max(self.seen.values()),
         )  # fmt: skip
-        with torch.inference_mode():
+        self.counting = Counting()
+        with torch.inference_mode(), self.counting:
             self.cache.begin(batch)
             out = self.model.serve(torch.tensor(ids), torch.tensor(positions), self.cache)
             logits = self.model.head_of(out)
@@ -171,3 +187,20 @@ def test_windows_of_the_model_and_other_heads(name: str, kv_heads: int) -> None:
 def test_blocks(apply: dict[str, Any], prefix: int) -> None:
     method = resolve({"block_transformer": {"block_length": 4, "prefix_length": prefix}})
     played(model_of(method, layers=4), apply)
+
+
+@pytest.mark.parametrize("name", [*METHODS, "blocks"])
+def test_a_step_takes_as_many_operations_for_64_requests_as_for_4(name: str) -> None:
+    blocks = name == "blocks"
+    method = resolve({"block_transformer": {"block_length": 4}} if blocks else {})
+    model = model_of(method, layers=4 if blocks else 3)
+    engine = Engine(model, {} if blocks else METHODS[name], longest=12)
+    draw = torch.Generator().manual_seed(0)
+    every = [f"r{i}" for i in range(64)]
+    for name_ in every:
+        engine.step({name_: torch.randint(1, VOCABULARY, (9,), generator=draw).tolist()}, {})
+    counts = []
+    for some in (every[:4], every):
+        engine.step({}, dict.fromkeys(some, 5))
+        counts.append(engine.counting.operations)
+    assert counts[0] == counts[1]

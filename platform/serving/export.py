@@ -1,0 +1,113 @@
+"""A folder that vLLM serves: config.json of our own, weights, tokenizer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kvlab import KvlabError
+from kvlab.methods.axis import Method
+from kvlab.methods.decoder.config import DecoderConfig
+from kvlab.platform.artifacts import remove
+from kvlab.platform.data.documents import DataError
+from kvlab.platform.data.vocabulary import end_of_text
+from kvlab.platform.jobs.checkpoint import read_config, trained_method
+from kvlab.platform.serving.demand import Unserved, problems, under
+
+ARCHITECTURE, MODEL_TYPE = "KvlabForCausalLM", "kvlab"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+PLAIN_TOKENIZER = {"tokenizer_class": "PreTrainedTokenizerFast"}
+"""Or transformers takes the architecture's own class, which splits text its own way."""
+WEIGHTS = "model.safetensors"
+
+
+def check(source: Path, apply: Mapping[str, Any]) -> tuple[DecoderConfig, Method]:
+    """Return the sizes of a model's folder, and its method under run-time choices.
+
+    Raises:
+        Unserved: the server cannot keep it. KvlabError: there is no model.
+    """
+    config = read_config(source)
+    method = under(trained_method(source), apply)
+    if wrong := problems(config, method):
+        raise Unserved("; ".join(wrong))
+    return config, method
+
+
+def write(source: Path, apply: Mapping[str, Any], folder: Path) -> None:
+    """Write a model with its run-time choices into a new folder, whole or not at all.
+
+    Args:
+        source: a folder that `kvlab.methods.store.load` loads. apply: canonical.
+
+    Raises:
+        Unserved: the server cannot keep it. KvlabError: no model, or no room.
+    """
+    config, _ = check(source, apply)
+    made = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}")
+    try:
+        made.mkdir(parents=True)
+        dtype = _weights(source, made)
+        described = {"config": config.to_dict(), "method": trained_method(source), "apply": apply}
+        text = json.dumps(description(config, described, dtype, _ends(source)), indent=2)
+        (made / "config.json").write_text(text + "\n", encoding="utf-8")
+        copy_tokenizer(source, made)
+        made.rename(folder.absolute())
+    except OSError as error:
+        raise KvlabError(f"{folder}: cannot be written ({error.strerror})") from error
+    finally:
+        remove(made)
+
+
+def description(
+    config: DecoderConfig, described: Mapping[str, Any], dtype: str, eos: int | None
+) -> dict[str, Any]:
+    """What config.json says: ours, and the sizes that vLLM asks every model for."""
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        "kvlab": dict(described),
+        "dtype": dtype,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_positions,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": config.bos_id,
+        "pad_token_id": config.pad_id,
+        "eos_token_id": eos,
+    }
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy a tokenizer's files, where there are any."""
+    for name in TOKENIZER:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if (folder / TOKENIZER[0]).exists() and not (folder / TOKENIZER[1]).exists():
+        text = json.dumps(PLAIN_TOKENIZER) + "\n"
+        (folder / TOKENIZER[1]).write_text(text, encoding="utf-8")
+
+
+def _weights(source: Path, folder: Path) -> str:
+    """Write the weights under our names; return their type's name."""
+    from kvlab.methods.store import load
+    from kvlab.methods.weights import write_tensors
+
+    tensors = load(source).state_dict()
+    write_tensors(tensors, folder / WEIGHTS)
+    return str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+
+
+def _ends(source: Path) -> int | None:
+    try:
+        return end_of_text(source)
+    except DataError:
+        return None
