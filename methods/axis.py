@@ -117,12 +117,22 @@ class Value:
     observes_all: bool = False
     sources: tuple[str, ...] = ()
 
+    def __reduce__(self) -> tuple[Callable[[str], Value | Preset], tuple[str]]:
+        """Other processes find it by its name: functions without one cannot travel."""
+        return _known, (self.name,)
+
     def load(self) -> Any:
         """Import and return the implementation."""
         if self.implementation is None:
             raise MethodError(f"method '{self.name}' has no implementation of its own")
         module, _, attribute = self.implementation.partition(":")
         return getattr(importlib.import_module(module), attribute)
+
+
+def _known(name: str) -> Value | Preset:
+    from kvlab.methods.registry import REGISTRY
+
+    return REGISTRY.find(name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 
+from kvlab import KvlabError
 from kvlab.kernels.attention import Rule
 from kvlab.methods.build import build
 from kvlab.methods.cache.pool import PoolCache, Space
@@ -76,14 +77,18 @@ class KvlabForCausalLM(nn.Module):
         return self.model.head_of(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Copy the tensors of a kvlab model; names are its own."""
-        ours = dict(self.model.state_dict())
-        loaded = set()
+        """Copy the tensors of a kvlab model, whose names are its own; then pack them.
+
+        Raises:
+            KvlabError: the folder lacks some.
+        """
+        missing = dict(self.model.state_dict())
         for name, tensor in weights:
-            ours[name].copy_(tensor)
-            loaded.add(f"model.{name}")
+            missing.pop(name).copy_(tensor)
+        if missing:
+            raise KvlabError(f"the weights lack {', '.join(sorted(missing))}")
         pack(self.model)
-        return loaded
+        return {name for name, _ in self.named_parameters()}
 
     def _ready(self) -> RaggedCache:
         """The cache, once vLLM has made its pool."""

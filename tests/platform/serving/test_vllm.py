@@ -26,6 +26,7 @@ TOKENS, POOL, NEW = 256, 24 << 20, 12
 LENGTHS = (23, 9, 40, 1, 64, 31, 17, 5)
 SERVED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "full": ({}, {}),
+    "full_tied": ({}, {}),
     "sharing": ({"cla": {}}, {}),
     "sharing_upward": ({"lckv": {}}, {}),
     "window": ({}, {"sliding_window": {"window": 16}}),
@@ -82,7 +83,7 @@ def test_it_says_what_the_torch_engine_says(
 ) -> None:
     """Eight requests of all lengths, three at a time: they join and leave as others run."""
     method, apply = SERVED[name]
-    source, asked = served(method), prompts()
+    source, asked = served(method, tie_embeddings=name == "full_tied"), prompts()
     with engine(source, apply, tmp_path / "out") as (running, demand):
         found = running.generate(asked, NEW)
         effective, capacity = running.effective(), running.capacity()
