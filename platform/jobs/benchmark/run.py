@@ -16,6 +16,7 @@ from kvlab.platform.jobs import environment, memory
 from kvlab.platform.jobs.benchmark import load
 from kvlab.platform.jobs.benchmark.measure import Generation, generate
 from kvlab.platform.jobs.benchmark.median import summarise
+from kvlab.platform.jobs.checkpoint import trained_method
 from kvlab.platform.jobs.context import Context, Stopped
 from kvlab.platform.jobs.dtype import torch_dtype
 
@@ -27,18 +28,22 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
     """Measure every batch size, and the largest batch whose cache fits `kv_budget`.
 
     Args:
-        spec: prompt, generate (tokens), batch (sizes), repeats, warmup, apply (run-time axes),
-            kv_budget (bytes or None), dtype ("auto": float32 on a CPU, bfloat16 on CUDA), seed.
+        spec: engine ("torch", also where it is left out, or "vllm"), prompt, generate (tokens),
+            batch (sizes), repeats, warmup, apply (run-time axes), kv_budget (bytes or None), dtype
+            ("auto": float32 on a CPU, bfloat16 on CUDA), seed.
 
     Returns:
-        rows (one per batch size), largest_batch, gates (all true: the timings count), load,
-        settled (gates that the settings decide, for every run alike), environment.
+        rows (one per batch size), largest_batch (torch) or engine (what vLLM ran with), gates (all
+        true: the timings count), load, settled (gates that the settings decide, for every run
+        alike), environment.
         Times in seconds, rates in tokens per second, sizes in bytes.
     """
     device = environment.prepare(context, spec["seed"])
     taken, others = load.taken(device), load.before()
     during = load.Load()
     dtype = torch_dtype(spec["dtype"], device)
+    if spec.get("engine") == "vllm":
+        return _served(spec, context, dtype, taken, others, during)
     model = load_model(context.inputs["of"], device=str(device), dtype=dtype).eval()
     bench = Bench(model, spec, context, device)
     rows = [bench.row(batch) for batch in spec["batch"]]
@@ -47,25 +52,73 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
         largest = bench.largest(spec["kv_budget"], rows[0])
         if largest and largest not in spec["batch"]:
             rows.append(bench.row(largest))
-    busy = [cores for cores in (others, during.cores()) if cores is not None]
     return {
         "rows": rows,
         "largest_batch": largest,
+        **_circumstances(spec, context, bench.as_asked, (taken, others, during.cores()), dtype),
+    }
+
+
+def _served(
+    spec: Mapping[str, Any],
+    context: Context,
+    dtype: torch.dtype,
+    taken: int | None,
+    others: float | None,
+    during: load.Load,
+) -> dict[str, Any]:
+    """Measure through vLLM's engine, in this process."""
+    from kvlab.platform.jobs.benchmark.served import measure
+
+    apply = applied(spec, context, from_dict(spec["apply"]), trained_method(context.inputs["of"]))
+    found = measure(spec, context, apply, dtype)
+    as_asked = found.pop("as_asked")
+    busy = (taken, others, during.cores())
+    return {**found, **_circumstances(spec, context, as_asked, busy, dtype)}
+
+
+def _circumstances(
+    spec: Mapping[str, Any],
+    context: Context,
+    as_asked: bool,
+    load_: tuple[int | None, float | None, float | None],
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Whether the timings count, and where they were made."""
+    taken, before, during = load_
+    busy = [cores for cores in (before, during) if cores is not None]
+    return {
         "gates": {
             "alone": bool(busy)
             and max(busy) <= load.MOST_CORES
             and (taken or 0) <= load.MOST_MEMORY,
             "repeats_enough": spec["repeats"] >= ENOUGH,
-            "tokens_as_asked": bench.as_asked,
+            "tokens_as_asked": as_asked,
         },
         "settled": ["repeats_enough"],
         "load": {
-            "cores_of_others_before": others,
-            "cores_of_others_during": busy[-1] if busy else None,
+            "cores_of_others_before": before,
+            "cores_of_others_during": during,
             "gpu_bytes_taken_before": taken,
         },
         "environment": environment.capture(context, dtype=str(dtype).removeprefix("torch.")),
     }
+
+
+def applied(
+    spec: Mapping[str, Any], context: Context, apply: Method, trained: Mapping[str, Any]
+) -> Method:
+    """Return run-time choices with what other jobs prepared for them."""
+    if spec.get("controller"):
+        from kvlab.platform.jobs.controller.supply import supplied
+
+        apply = supplied(apply, context.inputs["controller"])
+    if spec.get("budgets"):
+        from kvlab.platform.jobs.calibrate.fixed import calibrated
+
+        rows = -(-spec["prompt"] // from_dict(trained).span())
+        apply = calibrated(apply, context.inputs["budgets"], rows)
+    return apply
 
 
 class Bench:
@@ -84,16 +137,10 @@ class Bench:
         device: torch.device,
     ) -> None:
         self.model, self.spec, self.context, self.device = model, spec, context, device
-        self.apply = from_dict(spec["apply"]) if spec["apply"] else None
-        if spec.get("controller") and self.apply is not None:
-            from kvlab.platform.jobs.controller.supply import supplied
-
-            self.apply = supplied(self.apply, context.inputs["controller"])
-        if spec.get("budgets") and self.apply is not None:
-            from kvlab.platform.jobs.calibrate.fixed import calibrated
-
-            rows = -(-spec["prompt"] // model.method.span())
-            self.apply = calibrated(self.apply, context.inputs["budgets"], rows)
+        self.apply: Method | None = None
+        if spec["apply"]:
+            asked = from_dict(spec["apply"])
+            self.apply = applied(spec, context, asked, model.method.to_dict())
         self.cost = _cost(model, self.apply)
         # A block in the making is not in the cache yet.
         self.least = spec["prompt"] + spec["generate"] - model.method.span() + 1

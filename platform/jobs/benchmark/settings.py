@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,7 @@ from kvlab.platform.jobs.method import MethodField, axis_sources, canonical, com
 from kvlab.platform.jobs.model import MODEL_SOURCES, lineage, method_of
 from kvlab.platform.jobs.quantities import Bytes
 from kvlab.platform.jobs.reference import Many, One
+from kvlab.platform.jobs.served import distribution, unserved
 
 BatchSize = Annotated[int, Field(ge=1, le=65536)]
 
@@ -36,6 +37,7 @@ class BenchmarkSettings(Settings):
     controller: One | None = None
     kv_budget: Bytes | None = Field(default=None, ge=1)
     dtype: Dtype = "auto"
+    engine: Literal["torch", "vllm"] = "torch"
 
     @model_validator(mode="after")
     def _distinct(self) -> BenchmarkSettings:
@@ -56,7 +58,9 @@ class Benchmark(Kind):
 
     def resolve(self, settings: Settings, around: Surroundings) -> dict[str, Any]:
         assert isinstance(settings, BenchmarkSettings)
+        engine = {} if settings.engine == "torch" else {"engine": settings.engine}
         return {
+            **engine,
             **given.spec_of(settings),
             "prompt": settings.prompt,
             "generate": settings.generate,
@@ -76,6 +80,8 @@ class Benchmark(Kind):
         yield from compatible(settings.apply, config, "apply", trained=made)
         yield from short_of(settings.apply, made, settings.prompt, "apply")
         yield from given.problems(settings.apply, around)
+        if settings.engine == "vllm":
+            yield from unserved(settings.apply, around.parents["of"])
         if settings.prompt + settings.generate > config.max_positions:
             yield (
                 "generate",
@@ -83,8 +89,13 @@ class Benchmark(Kind):
                 f"({config.max_positions}), found {settings.prompt} + {settings.generate}",
             )
 
+    def libraries(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
+        return (distribution(),) if spec.get("engine") == "vllm" else ()
+
     def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
         return (
+            *(("kvlab.platform.serving",) if spec.get("engine") == "vllm" else ()),
+            "kvlab.platform.jobs.checkpoint",
             "kvlab.platform.jobs.benchmark",
             "kvlab.platform.jobs.dtype",
             "kvlab.platform.jobs.memory",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,26 @@ class Generated:
 
     ids: tuple[int, ...]
     preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a batch of requests took.
+
+    Attributes:
+        seconds: from the first request to the last token. first: to the first token of all.
+        peak_blocks: of the pool, in use between two steps.
+    """
+
+    requests: list[Generated]
+    seconds: float
+    first: float
+    peak_blocks: int
+
+    @property
+    def preemptions(self) -> int:
+        """How often requests were turned out."""
+        return sum(one.preemptions for one in self.requests)
 
 
 def version() -> str:
@@ -158,17 +179,33 @@ class Engine:
 
     def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Generated]:
         """Continue prompts greedily by so many tokens each, as many at once as vLLM takes."""
+        return self.run(prompts, tokens).requests
+
+    def run(self, prompts: Sequence[Sequence[int]], tokens: int) -> Run:
+        """Do so step by step, and watch the clock and the pool."""
         from vllm import SamplingParams
 
         how = SamplingParams(max_tokens=tokens, temperature=0.0, detokenize=False, ignore_eos=True)
-        asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        found = self._llm.generate(asked, how, use_tqdm=False)
-        return [
-            Generated(
-                tuple(one.outputs[0].token_ids), int(getattr(one.metrics, "num_preemptions", 0))
-            )
-            for one in found
-        ]
+        engine, pool = self._llm.llm_engine, self._core.scheduler.kv_cache_manager.block_pool
+        begun = time.perf_counter()
+        for number, prompt in enumerate(prompts):
+            engine.add_request(str(number), {"prompt_token_ids": list(prompt)}, how)
+        found: dict[str, Generated] = {}
+        waiting = {str(number) for number in range(len(prompts))}
+        peak, first = 0, 0.0
+        while engine.has_unfinished_requests():
+            for one in engine.step():
+                name = one.request_id.partition("-")[0]
+                waiting.discard(name)
+                if one.finished:
+                    turned = int(getattr(one.metrics, "num_preemptions", 0) or 0)
+                    found[name] = Generated(tuple(one.outputs[0].token_ids), turned)
+            if not waiting and not first:
+                first = time.perf_counter() - begun
+            used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+            peak = max(peak, used)
+        seconds = time.perf_counter() - begun
+        return Run([found[str(i)] for i in range(len(prompts))], seconds, first, peak)
 
     def _worker(self) -> Any:
         return self._core.model_executor.driver_worker.worker.model_runner

@@ -14,6 +14,7 @@ from vllm.model_executor.layers.attention.attention import unified_kv_cache_upda
 from vllm.v1.attention.backend import AttentionBackend, subclass_attention_backend
 from vllm.v1.attention.selector import get_attn_backend
 
+from kvlab import KvlabError
 from kvlab.kernels.attention import Rule
 from kvlab.methods.cache.interface import Extra, Step
 from kvlab.methods.cache.ragged import RaggedCache
@@ -106,12 +107,14 @@ def _attention(
     cache_config: CacheConfig,
 ) -> Attention:
     """vLLM's attention of a layer that keeps rows (source None) or reads another's."""
-    given: dict[str, Any] = {}
-    if strict:
-        base = get_attn_backend(
-            config.head_dim, torch.get_default_dtype(), cache_config.cache_dtype
+    base = get_attn_backend(config.head_dim, torch.get_default_dtype(), cache_config.cache_dtype)
+    if not base.supports_head_size(config.head_dim):
+        sizes = ", ".join(map(str, base.get_supported_head_sizes()))
+        raise KvlabError(
+            f"vLLM's attention on this device takes heads of {sizes}; the model has "
+            f"{config.head_dim}"
         )
-        given["attn_backend"] = _strict(base)
+    given: dict[str, Any] = {"attn_backend": _strict(base)} if strict else {}
     made = Attention(
         config.heads,
         config.head_dim,
