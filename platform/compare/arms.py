@@ -151,7 +151,12 @@ def _void_unscored(draft: Draft) -> None:
     scored -= {None}
     for row, reading in draft.readings:
         own = _dtype(row)
-        if reading.place != "speed" or own is None or not scored or own in scored:
+        if (
+            reading.place not in ("speed", "serving", "load")
+            or own is None
+            or not scored
+            or own in scored
+        ):
             continue
         reason = f"it was timed in {own} but scored in {' and '.join(sorted(map(str, scored)))}"
         for key in reading.samples:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvlab.platform.compare.arms import Draft
-from kvlab.platform.compare.metrics import METRICS
+from kvlab.platform.compare.metrics import METRICS, QUALITIES
 from kvlab.platform.compare.model import Column, Setting
 from kvlab.platform.compare.samples import Key, Reading
 
@@ -20,11 +20,19 @@ MAIN = (
     "time_to_first_token",
     "kv_bytes_per_token",
     "kv_bytes_per_token_predicted",
+    "served_tokens_per_second",
+    "served_kv_bytes_per_token",
+    "pool_requests",
+    "load_tokens_per_second",
+    "load_first_token_p50",
     "peak_memory_bytes",
     "train_seconds",
     "train_flops",
 )
 """What the main table shows, in this order."""
+
+SPLIT = frozenset({"divergence", "recall", "multi_turn"})
+"""Parts of an evaluation beside held-out text, which keeps the job's name for itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +70,7 @@ def lay_out(drafts: Sequence[Draft]) -> Layout:
             key=lambda s: len(_arms(drafts, keys[s.id])),
             default=None,
         )
-        for place in ("quality", "divergence", "recall", "multi_turn", "speed")
+        for place in (*QUALITIES, "speed", "serving", "load")
     }
     columns: list[Column] = []
     for metric in METRICS.values():
@@ -107,12 +115,11 @@ def _settings(
     keys: dict[str, tuple[Any, ...]] = {}
     for key, members in readings.items():
         job, first = members[0]
-        # An evaluation has settings of several places: text keeps the job's name for itself.
-        own = job if first.place in ("quality", "speed") else f"{job}:{first.place}"
+        own = job if first.place not in SPLIT else f"{job}:{first.place}"
         taken = sum(name == own or name.startswith(f"{own}/") for name in keys)
         name = f"{own}/{taken + 1}" if taken else own
         details = dict(first.details)
-        if first.place == "speed":
+        if first.place in ("speed", "serving"):
             details["headline_batch"] = _common_batch([reading for _, reading in members])
         settings.append(Setting(name, first.place, _title(first), details))
         keys[name] = key
@@ -146,6 +153,11 @@ def _title(reading: Reading) -> str:
         void = f", {details['void_cells']} of {details['cells']} cells void"
         return f"{details['count']:,} questions {asked}{void if details['void_cells'] else ''}"
     parts = [f"prompt {details['prompt']}, generate {details['generate']}"]
+    if reading.place == "serving":
+        parts.append(f"through vLLM, a pool of {details['pool'] / 2**20:,.0f} MiB")
+    if reading.place == "load":
+        parts = [f"{details['rate']:g} requests a second, {', '.join(parts)}"]
+        parts.append(f"{details['requests']} requests, {details['memory'] / 2**20:,.0f} MiB")
     parts += [str(details[name]) for name in ("device_name", "dtype") if details.get(name)]
     if details.get("threads") and str(details.get("device") or "cpu").startswith("cpu"):
         parts.append(f"{details['threads']} threads")

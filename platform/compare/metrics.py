@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 Direction = Literal["lower", "higher"]
-Place = Literal["quality", "divergence", "recall", "multi_turn", "speed", "training"]
-"""Where a number comes from: a part of an evaluation, a benchmark, or what made the model."""
+Place = Literal[
+    "quality", "divergence", "recall", "multi_turn", "speed", "serving", "load", "training"
+]
+"""Where a number comes from: a part of an evaluation, a benchmark (by kvlab's engine, by vLLM's, of
+its server under load), or what made the model."""
 QUALITIES = frozenset({"quality", "divergence", "recall", "multi_turn"})
 """Places of an evaluation: held-out text, the full cache's answers to it, and questions."""
 
@@ -69,6 +72,35 @@ METRICS: dict[str, Metric] = {
             Metric(rate + AT_BUDGET, f"{title} at budget", "tok/s", "higher", "speed", timed=True)
             for rate, title in RATES.items()
         ),
+        Metric(
+            "served_tokens_per_second", "vLLM tokens/s", "tok/s", "higher", "serving", timed=True
+        ),
+        Metric(
+            "served_decode_tokens_per_second",
+            "vLLM decode tokens/s",
+            "tok/s",
+            "higher",
+            "serving",
+            timed=True,
+        ),
+        Metric(
+            "served_time_to_first_token", "vLLM first token", "s", "lower", "serving", timed=True
+        ),
+        Metric(
+            "served_kv_bytes_per_token", "vLLM KV per token", "B", "lower", "serving", exact=True
+        ),
+        Metric("pool_requests", "requests in the pool", "", "higher", "serving", exact=True),
+        Metric("vllm_requests", "vLLM max concurrency", "", "higher", "serving", exact=True),
+        Metric(
+            "load_tokens_per_second", "tokens/s under load", "tok/s", "higher", "load", timed=True
+        ),
+        Metric("load_goodput", "goodput", "/s", "higher", "load", timed=True, absolute=True),
+        Metric("load_first_token_p50", "first token p50", "s", "lower", "load", timed=True),
+        Metric("load_first_token_p99", "first token p99", "s", "lower", "load", timed=True),
+        Metric("load_inter_token_p50", "inter-token p50", "s", "lower", "load", timed=True),
+        Metric("load_inter_token_p99", "inter-token p99", "s", "lower", "load", timed=True),
+        Metric("load_peak_usage", "pool in use", "%", "lower", "load", absolute=True),
+        Metric("load_preemptions", "preemptions", "", "lower", "load", exact=True, absolute=True),
         Metric("body_parameters", "body parameters", "", "lower", "training", exact=True),
         Metric("parameters", "parameters", "", "lower", "training", exact=True),
         Metric("train_seconds", "training", "s", "lower", "training", timed=True),
@@ -77,12 +109,15 @@ METRICS: dict[str, Metric] = {
 }
 """Names that `report.pareto` may use, in the order in which tables show them."""
 
-TIMING_GATES = frozenset({"repeats_enough", "alone"})
+TIMING_GATES = frozenset({"repeats_enough", "alone", "alone_before", "client_fast_enough"})
 """Benchmark gates that speak of the clock alone: counted bytes stand when one of them is closed."""
 
 GATES: dict[str, str] = {
     "repeats_enough": "too few repeats for an interval",
     "alone": "the machine was not idle",
+    "alone_before": "the machine was not idle",
+    "client_fast_enough": "the client was too slow for what it measured",
+    "complete": "some requests failed",
     "tokens_as_asked": "it did not generate or keep as many tokens as asked",
 }
 """What a closed gate means; one that is not listed is shown by its own name."""

@@ -182,11 +182,10 @@ def _each(
 
 def read_speed(spec: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[Reading]:
     """Read a benchmark. Its setting is the load and the device: other machines, other columns."""
-    environment = result.get("environment") or {}
-    details: dict[str, Any] = {"prompt": spec.get("prompt"), "generate": spec.get("generate")}
-    for name in ("device", "device_name", "threads", "dtype"):
-        details[name] = environment.get(name)
-    details["dtype"] = details["dtype"] or spec.get("dtype")
+    if result.get("engine"):
+        yield read_served(spec, result)
+        return
+    details = _circumstances(spec, result)
     details["kv_budget"] = spec.get("kv_budget")
     setting = ("speed", *details.values())
     reading = Reading("speed", setting, details)
@@ -213,8 +212,68 @@ def read_speed(spec: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[R
     yield reading
 
 
-READERS = {"evaluate": read_evaluation, "benchmark": read_speed}
+def read_served(spec: Mapping[str, Any], result: Mapping[str, Any]) -> Reading:
+    """Read a benchmark through vLLM. Its setting is the load, the pool and the device."""
+    details = _circumstances(spec, result)
+    details["pool"] = result["engine"]["asked_pool_bytes"]
+    setting = ("serving", *details.values())
+    reading = Reading("serving", setting, details)
+    closed = _closed_gates(result)
+    for row in result["rows"]:
+        for metric in METRICS.values():
+            raw = row.get(metric.key.removeprefix("served_"))
+            if metric.place == "serving" and (
+                sample := _measured(raw, _void(closed, metric.timed))
+            ):
+                reading.samples[Key(metric.key, setting, row["batch"])] = sample
+    return reading
+
+
+LOADS = {
+    "load_tokens_per_second": ("tokens_per_second",),
+    "load_goodput": ("goodput",),
+    "load_first_token_p50": ("time_to_first_token", "p50"),
+    "load_first_token_p99": ("time_to_first_token", "p99"),
+    "load_inter_token_p50": ("inter_token", "p50"),
+    "load_inter_token_p99": ("inter_token", "p99"),
+    "load_peak_usage": ("peak_usage",),
+    "load_preemptions": ("preemptions",),
+}
+"""Metric -> where a rate's figures hold it."""
+
+
+def read_load(spec: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[Reading]:
+    """Read a server under load: each rate is a setting."""
+    closed = _closed_gates(result)
+    for figures in result.get("rates") or ():
+        details = _circumstances(spec, result)
+        details["rate"] = figures["rate"]
+        for name in ("requests", "turns", "shared_prefix", "memory"):
+            details[name] = spec.get(name)
+        text = {name: str(value) for name, value in details.items()}
+        setting = ("load", *text.values(), str(spec.get("slo")))
+        reading = Reading("load", setting, details)
+        for key, path in LOADS.items():
+            raw: Any = figures
+            for name in path:
+                raw = raw[name]
+            sample = Sample(float(raw), void=_void(closed, METRICS[key].timed))
+            reading.samples[Key(key, setting, None)] = sample
+        yield reading
+
+
+READERS = {"evaluate": read_evaluation, "benchmark": read_speed, "serve_benchmark": read_load}
 """Kinds of measuring job that a comparison can read."""
+
+
+def _circumstances(spec: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
+    """The load of a benchmark and where it ran."""
+    environment = result.get("environment") or {}
+    details: dict[str, Any] = {"prompt": spec.get("prompt"), "generate": spec.get("generate")}
+    for name in ("device", "device_name", "threads", "dtype"):
+        details[name] = environment.get(name)
+    details["dtype"] = details["dtype"] or spec.get("dtype")
+    return details
 
 
 def _measured(raw: Any, void: str | None) -> Sample | None:

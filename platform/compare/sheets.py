@@ -100,8 +100,10 @@ def further_sheets(comparison: Comparison) -> list[Sheet]:
         columns = [column for column in comparison.columns if column.setting == setting.id]
         if setting.place in QUALITIES:
             shown = [] if any(c.headline for c in columns) else columns
-        else:
+        elif setting.place == "speed":
             shown = _speed_columns(columns)
+        else:
+            shown = columns
         if shown:
             sheets.append(_setting_sheet(comparison, setting, shown))
         if any(setting.id in arm.cells for arm in comparison.arms):

@@ -26,6 +26,7 @@ OURS = {
     "controller": "kvlab.platform.jobs.controller.settings:Controller",
     "evaluate": "kvlab.platform.jobs.evaluate.settings:Evaluate",
     "benchmark": "kvlab.platform.jobs.benchmark.settings:Benchmark",
+    "serve_benchmark": "kvlab.platform.jobs.serve_benchmark.settings:ServeBenchmark",
     "noop": "kvlab.platform.jobs.noop.settings:Noop",
 }
 

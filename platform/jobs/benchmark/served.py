@@ -68,7 +68,7 @@ def measure(
                 row = _row(spec, batch, runs, demand.block_bytes)
                 rows.append({**row, **_capacity(engine, found, each, length),
                              "kv_bytes_per_token_predicted": predicted})  # fmt: skip
-    return {"rows": rows, "engine": found, "as_asked": as_asked}
+    return {"rows": rows, "engine": {**found, "asked_pool_bytes": pool}, "as_asked": as_asked}
 
 
 def _runs(
