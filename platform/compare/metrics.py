@@ -89,6 +89,15 @@ METRICS: dict[str, Metric] = {
         Metric(
             "served_kv_bytes_per_token", "vLLM KV per token", "B", "lower", "serving", exact=True
         ),
+        Metric(
+            "served_preemptions",
+            "vLLM preemptions",
+            "",
+            "lower",
+            "serving",
+            exact=True,
+            absolute=True,
+        ),
         Metric("pool_requests", "requests in the pool", "", "higher", "serving", exact=True),
         Metric("vllm_requests", "vLLM max concurrency", "", "higher", "serving", exact=True),
         Metric(

@@ -71,6 +71,8 @@ def main_sheet(comparison: Comparison) -> Sheet:
             "tokens_per_second",
             "time_to_first_token",
             "kv_bytes_per_token",
+            "served_tokens_per_second",
+            "pool_requests",
             "peak_memory_bytes",
         )
         if (column := comparison.headline(name))

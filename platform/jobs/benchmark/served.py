@@ -15,7 +15,7 @@ from kvlab.platform.jobs.benchmark.median import summarise
 from kvlab.platform.jobs.checkpoint import read_config, trained_method
 from kvlab.platform.jobs.context import Context, Stopped
 from kvlab.platform.serving import export
-from kvlab.platform.serving.demand import demand_of, under
+from kvlab.platform.serving.demand import Slots, demand_of, under
 from kvlab.platform.serving.vllm_0_32.engine import Asked, Engine, Run
 
 SPARE = 1.1
@@ -34,8 +34,8 @@ def measure(
     full cache, and a tenth.
 
     Returns:
-        rows; engine (what vLLM really runs with); as_asked: no request was turned out, and each
-        took no more blocks than predicted.
+        rows; engine (what vLLM really runs with); as_asked: no request took more blocks than
+        predicted, and none was turned out whose answer that would change.
     """
     source = context.inputs["of"]
     canonical = {} if apply is None else apply.to_dict()
@@ -63,7 +63,8 @@ def measure(
             for batch in spec["batch"]:
                 runs = _runs(engine, spec, context, config.vocab_size, batch)
                 each = demand.blocks(spec["prompt"], length)
-                as_asked &= not any(run.preemptions for run in runs)
+                exact = not isinstance(demand, Slots)
+                as_asked &= exact or not any(run.preemptions for run in runs)
                 as_asked &= runs[-1].peak_blocks <= batch * each
                 row = _row(spec, batch, runs, demand.block_bytes)
                 rows.append({**row, **_capacity(engine, found, each, length),
@@ -101,6 +102,7 @@ def _row(spec: Mapping[str, Any], batch: int, runs: list[Run], block_bytes: int)
             summarise([decoded / (run.seconds - run.first) for run in runs]) if decoded else None
         ),
         "tokens_per_second": summarise([generated / run.seconds for run in runs]),
+        "preemptions": runs[-1].preemptions,
         "kv_bytes": held,
         "kv_tokens": tokens,
         "kv_bytes_per_token": held / tokens,
