@@ -244,6 +244,21 @@ def lock(home: Home) -> Iterator[Finding]:
         yield Finding("lock", "ok", f"installed versions are those of {file.name}")
 
 
+def serving(home: Home) -> Iterator[Finding]:
+    from kvlab.platform.serving.vllm_0_32.engine import version
+
+    try:
+        yield Finding("vllm", "ok", f"{version()}, served through the adapter of 0.32")
+    except KvlabError as error:
+        yield Finding("vllm", "warn", str(error), "`make setup` installs it; only serving needs it")
+        return
+    found = importlib.metadata.entry_points(group="vllm.general_plugins", name="kvlab")
+    if not found:
+        yield Finding(
+            "vllm plug-in", "warn", "kvlab's entry point is not installed", "run `make setup`"
+        )
+
+
 def mismatches(pins: str) -> Iterator[str]:
     """Yield "name installed (pinned)" for every installed package that is not at its pin."""
     for name, pin in re.findall(r"^([\w.-]+)==([^\s;]+)", pins, flags=re.MULTILINE):
@@ -268,5 +283,6 @@ CHECKS: tuple[Callable[[Home], Iterator[Finding]], ...] = (
     ray,
     store,
     tracking,
+    serving,
     lock,
 )

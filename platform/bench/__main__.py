@@ -34,6 +34,7 @@ BENCHES = (
     "eviction",
     "adore",
     "squeeze",
+    "serving",
     "kvpress",
 )
 """Modules beside this one; each has `run() -> list[Line]`."""

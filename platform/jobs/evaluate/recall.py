@@ -19,6 +19,8 @@ Asked = Literal["in_prompt", "after_cut"]
 WAYS: dict[str, Asked] = {"recall": "in_prompt", "multi_turn": "after_cut"}
 """Metric -> how the question is asked: at the prompt's end, or in a turn of its own, when the cache
 of the context was cut."""
+Answering = Callable[[Sequence[Sequence[int]], int], list[list[int]]]
+"""From prompts and a number of tokens to greedy answers."""
 Cut = Callable[[int], Method]
 """The run-time axes for prompts of so many tokens."""
 STANDS = 0.95
@@ -34,12 +36,14 @@ def measure(
     batch_size: int,
     device: torch.device,
     context: Context,
+    answer: Answering | None = None,
 ) -> dict[str, Any]:
     """Ask the same questions under the cache of `cut` and under the full one.
 
     Args:
         data: the folder of the data job. metrics: those of `WAYS` that are wanted.
         cut: None: the full cache is asked alone.
+        answer: who answers under the cache of `cut`, in the model's place.
         spec: as `prompts` takes it, and answer (words of one, where words are symbols).
 
     Returns:
@@ -55,13 +59,16 @@ def measure(
         raise JobError(f"recall: a prompt holds ids beyond the model's vocabulary ({known})")
     wanted = [(name, way) for name, way in WAYS.items() if name in metrics]
     caches = (None,) if cut is None else (None, cut)
+    others = {0: None, len(caches) - 1: answer}
     total, done = len(asked) * len(wanted) * len(caches), 0
     result = {}
     for name, way in wanted:
         answers = []
-        for cache in caches:
+        for number, cache in enumerate(caches):
             right = torch.zeros(len(asked), dtype=torch.bool)
-            for numbers, found in _answers(model, asked, language, way, cache, batch_size, device):
+            for numbers, found in _answers(
+                model, asked, language, way, cache, batch_size, device, others[number]
+            ):
                 right[numbers] = found
                 done += len(numbers)
                 if context.stopping():
@@ -80,6 +87,7 @@ def _answers(
     cut: Cut | None,
     batch_size: int,
     device: torch.device,
+    answer: Answering | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the numbers [B] of prompts and whether each was answered right [B].
 
@@ -93,7 +101,11 @@ def _answers(
         apply = None if cut is None else cut(prompt_tokens)
         for numbers in torch.split(torch.tensor(alike), batch_size):
             batch = [asked[number] for number in numbers]
-            generated = _generate(model, batch, language.answer_tokens, way, apply, device)
+            if answer is None:
+                generated = _generate(model, batch, language.answer_tokens, way, apply, device)
+            else:
+                whole = [prompt.context + prompt.question for prompt in batch]
+                generated = answer(whole, language.answer_tokens)
             found = [
                 language.right(ids, prompt.answer)
                 for ids, prompt in zip(generated, batch, strict=True)

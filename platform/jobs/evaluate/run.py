@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from kvlab.platform.jobs.dtype import torch_dtype
 from kvlab.platform.jobs.evaluate import divergence, perplexity, recall
 from kvlab.platform.jobs.evaluate.windows import Windows, cut
 
+SAID = 32
+"""Tokens of an answer at most."""
 OF_WINDOWS = frozenset({"perplexity", "loss_by_position"})
 """Metrics that one scoring of the windows gives."""
 
@@ -23,7 +26,8 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
     """Measure the model of parent "of", on the held-out part of parent "data" and on our prompts.
 
     Args:
-        spec: sequence_length and tokens (of the windows), first_target (the first position that
+        spec: engine ("vllm": its engine answers, where it is not left out: recall alone),
+            sequence_length and tokens (of the windows), first_target (the first position that
             every arm of this job predicts), batch_size (sequences), apply (run-time axes), metrics,
             dtype (of the model; losses are summed in float64), and where their metrics are asked
             for divergence (prompt, generate) and recall (see `recall.measure`).
@@ -61,8 +65,21 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
         def cut_for(tokens: int) -> Method:
             return _method(spec, context, -(-tokens // span))
 
-        apply = cut_for if spec["apply"] else None
-        result |= recall.measure(model, data, apply, asked, spec["metrics"], size, device, context)
+        served = spec.get("engine") == "vllm"
+        apply = cut_for if spec["apply"] or served else None
+        with contextlib.ExitStack() as stack:
+            answer = None
+            if served:
+                from kvlab.platform.jobs.evaluate.served import answering
+
+                longest = min(max(asked["lengths"]) + SAID, model.config.max_positions)
+                method = _method(spec, context, -(-max(asked["lengths"]) // span))
+                answer = stack.enter_context(
+                    answering(context.inputs["of"], method, dtype, longest, size, spec["seed"])
+                )
+            result |= recall.measure(
+                model, data, apply, asked, spec["metrics"], size, device, context, answer
+            )
     measured = environment.capture(context, dtype=str(dtype).removeprefix("torch."))
     return {**result, "environment": measured}
 

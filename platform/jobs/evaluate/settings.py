@@ -18,6 +18,7 @@ from kvlab.platform.jobs.method import MethodField, axis_sources, canonical, com
 from kvlab.platform.jobs.model import MODEL_SOURCES, beyond_positions, lineage, method_of
 from kvlab.platform.jobs.quantities import Count
 from kvlab.platform.jobs.reference import Many, One
+from kvlab.platform.jobs.served import distribution, unserved
 
 Metric = Literal["perplexity", "loss_by_position", "divergence", "recall", "multi_turn"]
 Task = Literal["passkey", "associative_recall"]
@@ -61,6 +62,7 @@ class EvaluateSettings(Settings):
     recall: RecallSettings | None = None
     batch_size: int = Field(default=16, ge=1, le=65536)
     dtype: Dtype = "auto"
+    engine: Literal["torch", "vllm"] = "torch"
 
 
 class Evaluate(Kind):
@@ -86,6 +88,8 @@ class Evaluate(Kind):
             "seed": around.seed,
         }
         spec |= given.spec_of(settings)
+        if settings.engine != "torch":
+            spec["engine"] = settings.engine
         if "divergence" in settings.metrics:
             prompt = settings.prompt or length // 2
             generate = settings.generate or length - prompt
@@ -107,6 +111,10 @@ class Evaluate(Kind):
         yield from short_of(settings.apply, made, _shortest(settings, length), "apply")
         yield from given.problems(settings.apply, around)
         yield from _uncut(settings)
+        if settings.engine == "vllm":
+            yield from unserved(settings.apply, around.parents["of"])
+            if set(settings.metrics) != {"recall"}:
+                yield "engine", "vllm answers questions: give metrics: [recall] alone"
         span = made.span()
         if length % span or length < 2 * span:
             yield (
@@ -121,8 +129,16 @@ class Evaluate(Kind):
         if asks(settings):
             yield from _recall_problems(_recall(settings, length), around.data, config)
 
+    def libraries(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
+        return (distribution(),) if spec.get("engine") == "vllm" else ()
+
     def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
         return (
+            *(
+                ("kvlab.platform.jobs.checkpoint", "kvlab.platform.serving")
+                if spec.get("engine") == "vllm"
+                else ()
+            ),
             "kvlab.platform.data.corpus",
             "kvlab.platform.jobs.dtype",
             "kvlab.platform.jobs.evaluate",

@@ -339,3 +339,14 @@ def test_texts_of_one_draw_differ_by_depth_alone(symbols):
     assert by_depth[0.0].context == by_depth[1.0].context
     assert by_depth[0.0].question != by_depth[1.0].question
     assert language.filler(random.Random(0)) == language.filler(random.Random(0))
+
+
+@pytest.mark.parametrize("apply", [{"h2o": {}}, {"snapkv": {"window": 2}}], ids=str)
+def test_vllm_answers_as_the_torch_engine_does(evaluate, apply):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    cut_ = {**apply, "uniform": {"tokens": 12}}
+    own, served = (
+        evaluate(cut_, metrics=["recall"], engine=engine)["recall"] for engine in ("torch", "vllm")
+    )
+    assert own == served
+    assert 0 < own["accuracy"] < 1

@@ -16,8 +16,8 @@ from kvlab.platform.cli.main import main
 KVLAB = [sys.executable, "-c", "from kvlab.platform.cli.main import main; main()"]
 EDITS = {
     name: edits
-    for file in ("bad_input.yaml", "bad_sharing.yaml", "bad_cache.yaml", "bad_adore.yaml")
-    for name, edits in yaml.safe_load((Path(__file__).parent / file).read_text()).items()
+    for file in sorted(Path(__file__).parent.glob("bad_*.yaml"))
+    for name, edits in yaml.safe_load(file.read_text()).items()
 }
 
 # Whole texts, and the one line that is said about them.
