@@ -76,14 +76,6 @@ METRICS: dict[str, Metric] = {
             "served_tokens_per_second", "vLLM tokens/s", "tok/s", "higher", "serving", timed=True
         ),
         Metric(
-            "served_decode_tokens_per_second",
-            "vLLM decode tokens/s",
-            "tok/s",
-            "higher",
-            "serving",
-            timed=True,
-        ),
-        Metric(
             "served_time_to_first_token", "vLLM first token", "s", "lower", "serving", timed=True
         ),
         Metric(

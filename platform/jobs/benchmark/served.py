@@ -90,7 +90,6 @@ def _runs(
 
 def _row(spec: Mapping[str, Any], batch: int, runs: list[Run], block_bytes: int) -> dict[str, Any]:
     generated = batch * spec["generate"]
-    decoded = batch * (spec["generate"] - 1)
     tokens = batch * (spec["prompt"] + spec["generate"])
     held = runs[-1].peak_blocks * block_bytes
     return {
@@ -98,9 +97,6 @@ def _row(spec: Mapping[str, Any], batch: int, runs: list[Run], block_bytes: int)
         "prompt": spec["prompt"],
         "generate": spec["generate"],
         "time_to_first_token": summarise([run.first for run in runs]),
-        "decode_tokens_per_second": (
-            summarise([decoded / (run.seconds - run.first) for run in runs]) if decoded else None
-        ),
         "tokens_per_second": summarise([generated / run.seconds for run in runs]),
         "preemptions": runs[-1].preemptions,
         "kv_bytes": held,

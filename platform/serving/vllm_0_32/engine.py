@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import os
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ class Run:
     """What a batch of requests took.
 
     Attributes:
-        seconds: from the first request to the last token. first: to the first token of all.
+        seconds: from the first request to the last token.
+        first: to a request's first token, the median of them; those that wait for room count too.
         peak_blocks: of the pool, in use between two steps.
     """
 
@@ -191,20 +193,19 @@ class Engine:
         for number, prompt in enumerate(prompts):
             engine.add_request(str(number), {"prompt_token_ids": list(prompt)}, how)
         found: dict[str, Generated] = {}
-        waiting = {str(number) for number in range(len(prompts))}
-        peak, first = 0, 0.0
+        firsts: dict[str, float] = {}
+        peak = 0
         while engine.has_unfinished_requests():
             for one in engine.step():
                 name = one.request_id.partition("-")[0]
-                waiting.discard(name)
+                firsts.setdefault(name, time.perf_counter() - begun)
                 if one.finished:
                     turned = int(getattr(one.metrics, "num_preemptions", 0) or 0)
                     found[name] = Generated(tuple(one.outputs[0].token_ids), turned)
-            if not waiting and not first:
-                first = time.perf_counter() - begun
             used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
             peak = max(peak, used)
         seconds = time.perf_counter() - begun
+        first = statistics.median(firsts.values())
         return Run([found[str(i)] for i in range(len(prompts))], seconds, first, peak)
 
     def _worker(self) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
@@ -42,10 +43,8 @@ class GatedUp(nn.Module):
         self.down = plain.down
 
     def forward(self, x: Tensor) -> Tensor:
-        both = self.gate_up(x)
-        inner = both.new_empty(*both.shape[:-1], both.shape[-1] // 2)
-        torch.ops._C.silu_and_mul(inner, both)
-        out: Tensor = self.down(inner)
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        out: Tensor = self.down(F.silu(gate).mul_(up))
         return out
 
 

@@ -47,7 +47,12 @@ class KvlabForCausalLM(nn.Module):
             self.arena = Arena(self.demand, dtype, self.longest)
         elif isinstance(self.demand, Paged):
             self._cache = PagedCache(
-                self.model.acting, self.demand.windows, vllm_config.cache_config, self.attention
+                self.model.acting,
+                self.demand.windows,
+                vllm_config.cache_config,
+                self.attention,
+                self.model.rotation,
+                self.longest,
             )
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:

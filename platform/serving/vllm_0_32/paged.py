@@ -25,7 +25,10 @@ class PagedCache(RaggedCache):
     """Every row, or those of a window, in vLLM's blocks; layers may read others' (`kv_of`).
 
     Layers that read upward find, in the first pass of a prompt, the past alone, which is nothing.
+    Queries and keys come unrotated: vLLM's own kernel turns them where they lie.
     """
+
+    rotates = True
 
     def __init__(
         self,
@@ -33,8 +36,15 @@ class PagedCache(RaggedCache):
         windows: tuple[int | None, ...],
         cache_config: CacheConfig,
         layers: nn.ModuleList,
+        frequencies: Tensor,
+        longest: int,
     ) -> None:
+        """Args: windows: of each KV layer. layers: is given vLLM's. frequencies: of the rotation.
+
+        longest: tokens of a request at most.
+        """
         self._config = config
+        self._turns = turns(frequencies, longest)
         strict = config.sharing is not None and config.sharing.strict
         of = dict(zip(config.kv_layers, windows, strict=True))
         self._layers: dict[int, Attention] = {}
@@ -54,17 +64,21 @@ class PagedCache(RaggedCache):
     def plan(self, step: Step) -> Extra | None:
         self._fresh.clear()
         self._written.clear()
+        assert step.positions is not None
+        self._places = step.positions[0]
+        if self._turns.device != self._places.device:
+            self._turns = self._turns.to(self._places.device)
         return None
 
     def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor | None) -> None:
-        self._fresh[layer] = fresh = _rows(k), _rows(v)
+        self._fresh[layer] = fresh = self._turned(k), _rows(v)
         self._written.add(layer)
         if self._upward:  # the next pass reads them, before this layer attends
             unified_kv_cache_update(*fresh, _name(layer))
 
     def attend(self, layer: int, q: Tensor, own: Rule) -> Tensor:
         kv = self._config.kv_of[layer]
-        attention, queries = self._layers[layer], _rows(q)
+        attention, queries = self._layers[layer], self._turned(q)
         out: Tensor
         if kv == layer:
             k, v = self._fresh.pop(layer)
@@ -77,6 +91,17 @@ class PagedCache(RaggedCache):
             for rows in self.batch.prompts:
                 heads[:, :, rows] = 0
         return heads
+
+    def _turned(self, heads: Tensor) -> Tensor:
+        """Rotate [1, H, T, D] in place; return it as rows [T, H, D]."""
+        rows = _rows(heads)
+        kind = rows.dtype
+        if self._turns.dtype != kind:
+            self._turns = self._turns.to(kind)
+        torch.ops._C.rotary_embedding(
+            self._places, rows.flatten(1), None, heads.shape[-1], self._turns, True
+        )
+        return rows
 
     def nbytes(self) -> int:
         found = (layer.kv_cache.untyped_storage() for layer in self._layers.values())
@@ -131,13 +156,23 @@ def _attention(
     return made
 
 
+def turns(frequencies: Tensor, positions: int) -> Tensor:
+    """The cosines and sines [positions, rotary_dim] of each place, as vLLM's kernel takes them.
+
+    Args: frequencies: [rotary_dim], the latter half those of the sines (`signed_frequencies`).
+    """
+    half = len(frequencies) // 2
+    angles = torch.arange(positions).unsqueeze(-1) * frequencies[half:].cpu()
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
 def _name(layer: int) -> str:
     return f"model.layers.{layer}.attention"
 
 
 def _rows(heads: Tensor) -> Tensor:
-    """From [1, H, T, D] to vLLM's [T, H, D]."""
-    return heads[0].transpose(0, 1).contiguous()
+    """From [1, H, T, D] to vLLM's [T, H, D]; its kernels take rows with gaps between them."""
+    return heads[0].transpose(0, 1)
 
 
 @lru_cache(maxsize=8)
