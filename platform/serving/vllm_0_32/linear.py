@@ -34,12 +34,11 @@ class GatedUp(nn.Module):
     def __init__(self, plain: FeedForward) -> None:
         super().__init__()
         assert plain.gate is not None
-        parts = (plain.gate, plain.up)
-        biases = [part.bias for part in parts if part.bias is not None]
-        self.gate_up = Packed(
-            torch.cat([part.weight.detach() for part in parts]),
-            torch.cat(biases).detach() if biases else None,
-        )
+        weight = torch.cat((plain.gate.weight.detach(), plain.up.weight.detach()))
+        bias = None
+        if plain.gate.bias is not None and plain.up.bias is not None:
+            bias = torch.cat((plain.gate.bias.detach(), plain.up.bias.detach()))
+        self.gate_up = Packed(weight, bias)
         self.down = plain.down
 
     def forward(self, x: Tensor) -> Tensor:
