@@ -28,6 +28,10 @@ from kvlab.methods.registry import from_dict
 
 KNOWN = 4
 """Bytes of what is known of a row: where it stood (int32), what it scored (float32)."""
+SLOTS_OF_A_BLOCK = 16
+"""Rows of a block of slots: small, so that little is unused at a request's end."""
+PAGES = {"cpu": 128, "cuda": 16}
+"""Tokens of vLLM's page where nobody says otherwise."""
 ALIGNMENT = 16
 """Rows begin at multiples of so many bytes, as vector loads want them."""
 
@@ -217,6 +221,11 @@ def demand_of(
     return Slots(
         block_size, acting, method, method.span(), itemsize, state_of(config, method, itemsize)
     )
+
+
+def usual_block(method: Method, device: str) -> int:
+    """Rows of a block where nobody says otherwise: vLLM's pages on a "cpu" or "cuda", or slots'."""
+    return PAGES[device] if layout(method) == "paged" else SLOTS_OF_A_BLOCK
 
 
 def under(trained: Mapping[str, Any], apply: Mapping[str, Any]) -> Method:

@@ -18,6 +18,7 @@ class Row:
     Attributes:
         failed: why it has no divergence, where it was to have one.
         lacking: why it was not asked or not timed, where it was to be.
+        served: how many vLLM's pool of as much memory holds; None: it cannot be served.
         kv_bytes: of one sequence at its end: measured, or as the cost model says (`predicted`).
         of_full: those bytes over the full cache's, both by the same way.
         sequences: how many fit the memory beside the weights; None: the weights alone do not.
@@ -37,3 +38,4 @@ class Row:
     mark: Mark = ""
     failed: str = ""
     lacking: str = ""
+    served: int | None = None

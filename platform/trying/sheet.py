@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any
 
+from kvlab.methods.registry import resolve
+from kvlab.platform.serving.demand import Unserved, demand_of, under, usual_block
 from kvlab.platform.trying.asked import Asked
 from kvlab.platform.trying.choose import marked
 from kvlab.platform.trying.figures import Findings
@@ -147,6 +149,7 @@ class Sheets:
             of_full=share,
             over=point.budget is not None and share > OVER * point.budget,
             sequences=self._fitting(held),
+            served=self._served(point),
             failed=findings.failed.get((QUALITY, key), ""),
             lacking=lacking[0] if lacking else "",
         )
@@ -155,6 +158,23 @@ class Sheets:
         if point.key not in self._predicted:
             self._predicted[point.key] = self._candidates.bytes(point.written)
         return self._predicted[point.key]
+
+    def _served(self, point: Point) -> int | None:
+        """Requests that vLLM's pool holds; see `kvlab.platform.serving.demand`."""
+        subject, asked = self._subject, self._asked
+        room, apply = self._memory - self._weights, resolve(point.written).to_dict()
+        try:
+            demand = demand_of(
+                subject.config,
+                subject.trained,
+                apply,
+                itemsize=itemsize_of(asked.device),
+                block_size=usual_block(under(subject.trained, apply), asked.device),
+                in_flight=asked.length,
+            )
+        except Unserved:
+            return None
+        return max(0, demand.requests(room, asked.prompt, asked.length))
 
     def _fitting(self, held: float) -> int | None:
         room = self._memory - self._weights

@@ -110,6 +110,10 @@ def _sequences(row: Row) -> str:
     return "0" if row.sequences is None else f"{row.sequences:,}"
 
 
+def _served(row: Row) -> str:
+    return NONE if row.served is None else f"{row.served:,}"
+
+
 COLUMNS = (
     ("KL", kl_text),
     ("top-1", _agreement),
@@ -121,5 +125,6 @@ COLUMNS = (
     ("prefill", _prefill),
     ("decode tok/s", _decode),
     ("sequences", _sequences),
+    ("in vLLM", _served),
 )
 """Heading, and what stands under it for a row."""

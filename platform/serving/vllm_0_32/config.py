@@ -9,14 +9,12 @@ from transformers import PretrainedConfig
 
 from kvlab import KvlabError
 from kvlab.methods.decoder.config import DecoderConfig
-from kvlab.platform.serving.demand import Demand, Slots, demand_of
+from kvlab.platform.serving.demand import SLOTS_OF_A_BLOCK, Demand, Slots, demand_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 MODEL_TYPE = "kvlab"
-SLOTS_OF_A_BLOCK = 16
-"""Rows of a block where the arena's are the pool's only ones: small, so that little is unused."""
 
 
 class KvlabConfig(PretrainedConfig):  # type: ignore[no-untyped-call]

@@ -19,7 +19,6 @@ from kvlab.platform.serving.demand import Demand, demand_of
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from kvlab.platform.serving.vllm_0_32.config import SLOTS_OF_A_BLOCK
 from kvlab.platform.serving.vllm_0_32.engine import Asked, Engine
 
 TOKENS, POOL, NEW = 256, 24 << 20, 12
@@ -157,7 +156,3 @@ def test_refused(
     export.write(served({}), resolve(SERVED["h2o"][1]).to_dict(), tmp_path / "out")
     with pytest.raises(KvlabError, match=message):
         Engine(Asked(tmp_path / "out", pool=POOL, options={"dtype": "float32", **options}))
-
-
-def test_blocks_of_slots_are_small() -> None:
-    assert SLOTS_OF_A_BLOCK == 16
