@@ -25,7 +25,9 @@ def serve(
     making, the tokens of its block and the rows of the token decoder, is state in the cache.
     """
     batch, length = cache.batch, model.params.block_length
-    out = torch.zeros(len(ids), model.sizes.token.width, dtype=_dtype(model), device=ids.device)
+    shape = len(ids), model.sizes.token.width
+    # Inside a prompt nothing is predicted: whoever asks there must not be told a number.
+    out = torch.full(shape, float("nan"), dtype=_dtype(model), device=ids.device)
     tokens = [rows.stop - rows.start for rows in batch.prompts]
     numbers = list(range(len(tokens)))
     prompts = [_filled(ids[rows].long(), length, model.config.pad_id) for rows in batch.prompts]

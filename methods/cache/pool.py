@@ -7,6 +7,7 @@ layer for every later position. Nothing here loops over requests in a decode ste
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,7 @@ class Space:
         block_size: rows of a block.
         head: rows in front of a request's slots. state: numbers that they hold.
         limit: positions that a request has at most.
+        slots: from the positions of a prompt to the slots that its blocks have room for.
     """
 
     width: int
@@ -40,6 +42,7 @@ class Space:
     head: int
     state: int
     limit: int
+    slots: Callable[[int], int]
 
 
 class _Prompt:
@@ -301,8 +304,11 @@ class PoolCache(RaggedCache):
             for (held, _), budget in zip(kept, budgets, strict=True)
         ]
         starts = torch.tensor([space.head, *sizes]).cumsum(0)
-        if int(starts[-1]) > blocks.shape[1] * space.block_size:
-            raise KvlabError(f"a request's slots ({int(starts[-1])}) are more than its blocks hold")
+        length = prompt.rows.stop - prompt.rows.start
+        if (wanted := sum(sizes)) > (room := space.slots(length)):
+            raise KvlabError(
+                f"a prompt of {length} positions keeps {wanted} rows, and its blocks hold {room}"
+            )
         numbers = torch.arange(int(starts[0]), int(starts[-1]), device=blocks.device)
         flat = self._flatten(blocks, numbers.unsqueeze(0))[0]
         self._pool[flat] = 0
@@ -320,7 +326,7 @@ class PoolCache(RaggedCache):
         handle = blocks[0, 0]
         self._starts[handle] = starts.to(self._starts)
         self._budgets[handle] = torch.tensor(budgets).to(self._budgets)
-        self._lengths[handle, 1] = prompt.rows.stop - prompt.rows.start
+        self._lengths[handle, 1] = length
         self._widest = [max(pair) for pair in zip(self._widest, sizes, strict=True)]
 
     def _opening(self, rows: int) -> Opening:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import tempfile
 from pathlib import Path
@@ -10,6 +12,9 @@ from typing import Annotated
 import typer
 
 from kvlab import KvlabError
+
+SCRATCH = "kvlab-serve-"
+"""Begins the names of folders that are served; the process that made them follows."""
 
 
 def command(
@@ -77,14 +82,21 @@ def command(
         "--max-num-seqs": requests,
     }
     given = [str(part) for name, value in options.items() if value for part in (name, value)]
-    with tempfile.TemporaryDirectory(prefix="kvlab-serve-") as scratch:
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    _sweep()
+    with tempfile.TemporaryDirectory(prefix=f"{SCRATCH}{os.getpid()}-") as scratch:
         folder = Path(scratch) / "model"
         asked = server.Listening(
-            folder, Path(model).name or source.name, host, port, api_key, tuple(given)
+            folder,
+            source.resolve().name if Path(model).is_dir() else model,
+            host,
+            port,
+            api_key or None,
+            tuple(given),
         )
         server.check(asked)
         export.write(source, choices, folder)
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
         with server.started(asked) as running:
             print(f"{running.url}/v1  model '{asked.name}'", flush=True)
             for line in forecast.lines(folder, running.pool(), tokens, kind):
@@ -94,3 +106,11 @@ def command(
             except KeyboardInterrupt:
                 return
         raise KvlabError(f"the server ended by itself (exit {status})")
+
+
+def _sweep() -> None:
+    """Remove what servers left behind that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
+        owner = folder.name.removeprefix(SCRATCH).partition("-")[0]
+        if owner.isdigit() and not Path("/proc", owner).exists():
+            shutil.rmtree(folder, ignore_errors=True)

@@ -216,6 +216,8 @@ def read_served(spec: Mapping[str, Any], result: Mapping[str, Any]) -> Reading:
     """Read a benchmark through vLLM. Its setting is the load, the pool and the device."""
     details = _circumstances(spec, result)
     details["pool"] = result["engine"]["asked_pool_bytes"]
+    details["requests"] = result["engine"]["max_num_seqs"]
+    details["vllm"] = result["engine"]["vllm"]
     setting = ("serving", *details.values())
     reading = Reading("serving", setting, details)
     closed = _closed_gates(result)
@@ -248,7 +250,7 @@ def read_load(spec: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[Re
     for figures in result.get("rates") or ():
         details = _circumstances(spec, result)
         details["rate"] = figures["rate"]
-        for name in ("requests", "turns", "shared_prefix", "memory"):
+        for name in ("requests", "turns", "shared_prefix", "memory", "concurrency"):
             details[name] = spec.get(name)
         text = {name: str(value) for name, value in details.items()}
         setting = ("load", *text.values(), str(spec.get("slo")))

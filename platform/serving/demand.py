@@ -265,6 +265,23 @@ def state_of(config: DecoderConfig, method: Method, itemsize: int) -> int:
     return int(state(config, method, itemsize)) if state else 0
 
 
+def _mixed_windows(acting: DecoderConfig, method: Method, how: str | None) -> list[str]:
+    """What is wrong where layers that share keys have windows: pages go by the owner's."""
+    if how != "paged" or acting.sharing is None:
+        return []
+    own = acting.windows or (None,) * acting.layers
+    for layer, kv in enumerate(acting.kv_of):
+        if own[layer] != own[kv]:
+            return [
+                f"layers {kv} and {layer} share keys and have windows of {own[kv]} and "
+                f"{own[layer]}: layers that share can be served with one window"
+            ]
+    strict = acting.sharing.strict or any(kv > i for i, kv in enumerate(acting.kv_of))
+    if strict and 1 in windows(acting, method):
+        return ["a window of 1 leaves nothing to layers that do not read their own token"]
+    return []
+
+
 def _cost(method: Method) -> Any:
     """The cost module of the granularity; for a server it may have `state_bytes`, `unserved`."""
     return importlib.import_module(str(method["granularity"].value.cost))
@@ -296,7 +313,10 @@ def problems(config: DecoderConfig, method: Method) -> list[str]:
                 f"'{eviction.value.name}' is served where layers share keys downwards alone (a "
                 "bottom layout)"
             )
+        found += _mixed_windows(acting, method, how)
     budget = method["budget"].params
+    if getattr(budget, "rounding", "conserve") == "truncate" and how == "slots":
+        found.append("rounding: truncate: a server must know how many rows there are: leave it out")
     if getattr(budget, "refresh", None) is not None and how == "slots":
         found.append("refresh: budgets that are divided anew cannot be served: leave it out")
     unserved = getattr(_cost(method), "unserved", None)

@@ -19,7 +19,13 @@ from kvlab.platform.jobs.checkpoint import read_config, trained_method
 from kvlab.platform.serving.demand import Unserved, problems, under
 
 ARCHITECTURE, MODEL_TYPE = "KvlabForCausalLM", "kvlab"
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 PLAIN_TOKENIZER = {"tokenizer_class": "PreTrainedTokenizerFast"}
 """Or transformers takes the architecture's own class, which splits text its own way."""
 WEIGHTS = "model.safetensors"

@@ -101,7 +101,7 @@ def check(asked: Listening) -> None:
     Raises:
         KvlabError: it would listen beyond this machine and ask for no key.
     """
-    if asked.key is None and not _local(asked.host):
+    if not asked.key and not _local(asked.host):
         raise KvlabError(
             f"--host {asked.host}: is reached from other machines: give --api-key, or listen on "
             f"{LOOPBACK}"
@@ -118,8 +118,8 @@ def started(asked: Listening, log: Path | None = None) -> Iterator[Server]:
         KvlabError: it would let strangers in, has no port, or ended before it answered.
     """
     check(asked)
-    port = asked.port or _free(asked.host)
-    host = LOOPBACK if asked.host in ("0.0.0.0", "") else asked.host  # noqa: S104
+    port = _free(asked.host, asked.port)
+    host = {"0.0.0.0": LOOPBACK, "": LOOPBACK, "::": "::1"}.get(asked.host, asked.host)  # noqa: S104
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(log.open("wb")) if log is not None else None
         process = subprocess.Popen(
@@ -135,10 +135,11 @@ def started(asked: Listening, log: Path | None = None) -> Iterator[Server]:
 
 
 def _command(asked: Listening, port: int) -> list[str]:
+    guard = ["--middleware", "kvlab.platform.serving.guard.Guard"] if asked.key else []
     return [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server",
         "--model", str(asked.folder), "--served-model-name", asked.name,
-        "--host", asked.host, "--port", str(port), *asked.options,
+        "--host", asked.host, "--port", str(port), *asked.options, *guard,
     ]  # fmt: skip
 
 
@@ -192,11 +193,20 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _free(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK if not _local(host) else host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _free(host: str, port: int) -> int:
+    """A port that nobody has: the one that is asked for, or any for 0.
+
+    Raises:
+        KvlabError: it is taken, or there is no such address here.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        raise KvlabError(f"--host {host} --port {port}: cannot listen there ({error})") from None
 
 
 def _local(host: str) -> bool:

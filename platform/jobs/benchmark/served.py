@@ -49,7 +49,8 @@ def measure(
     with TemporaryDirectory(prefix="kvlab-served-") as scratch:
         folder = Path(scratch) / "model"
         export.write(source, canonical, folder)
-        options = {"dtype": str(dtype).removeprefix("torch.")}
+        # The same prompts come again: no arm may find them in its cache.
+        options = {"dtype": str(dtype).removeprefix("torch."), "enable_prefix_caching": False}
         asked = Asked(folder, pool, length, most, spec["seed"] or 0, options)
         with Engine(asked) as engine:
             found = engine.effective()
@@ -66,7 +67,7 @@ def measure(
                 exact = not isinstance(demand, Slots)
                 as_asked &= exact or not any(run.preemptions for run in runs)
                 as_asked &= runs[-1].peak_blocks <= batch * each
-                row = _row(spec, batch, runs, demand.block_bytes)
+                row = _row(spec, batch, runs, demand.block_bytes, each)
                 rows.append({**row, **_capacity(engine, found, each, length),
                              "kv_bytes_per_token_predicted": predicted})  # fmt: skip
     return {"rows": rows, "engine": {**found, "asked_pool_bytes": pool}, "as_asked": as_asked}
@@ -88,10 +89,11 @@ def _runs(
     return found
 
 
-def _row(spec: Mapping[str, Any], batch: int, runs: list[Run], block_bytes: int) -> dict[str, Any]:
+def _row(
+    spec: Mapping[str, Any], batch: int, runs: list[Run], block_bytes: int, each: int
+) -> dict[str, Any]:
     generated = batch * spec["generate"]
-    tokens = batch * (spec["prompt"] + spec["generate"])
-    held = runs[-1].peak_blocks * block_bytes
+    length = spec["prompt"] + spec["generate"]
     return {
         "batch": batch,
         "prompt": spec["prompt"],
@@ -99,9 +101,8 @@ def _row(spec: Mapping[str, Any], batch: int, runs: list[Run], block_bytes: int)
         "time_to_first_token": summarise([run.first for run in runs]),
         "tokens_per_second": summarise([generated / run.seconds for run in runs]),
         "preemptions": runs[-1].preemptions,
-        "kv_bytes": held,
-        "kv_tokens": tokens,
-        "kv_bytes_per_token": held / tokens,
+        "kv_bytes": runs[-1].peak_blocks * block_bytes,
+        "kv_bytes_per_token": each * block_bytes / length,
     }
 
 

@@ -6,6 +6,7 @@ import contextlib
 import re
 import threading
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,7 +31,7 @@ MOST_OVERHEAD = 0.1
 """The client's own part of the time to the first token, as a share of what is measured."""
 LATE = 0.05
 """Seconds that a request may leave late, at the 99th percentile."""
-LOOK_EVERY = 0.5
+LOOK_EVERY = 0.1
 PERCENTILES = (50, 90, 99)
 
 
@@ -72,14 +73,21 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
             "--max-model-len": load.longest,
             "--max-num-seqs": spec["concurrency"],
         }
+        shared = load.turns > 1 or load.shared_prefix > 0
+        flags = [] if shared else ["--no-enable-prefix-caching"]  # each rate sends the same
         asked = Listening(
-            folder, NAME, options=[str(part) for pair in options.items() for part in pair]
+            folder,
+            NAME,
+            options=[*(str(part) for pair in options.items() for part in pair), *flags],
         )
         with started(asked, context.folder / "server.log") as server:
             pool = server.pool()
             warm = Load(WARM_UP, load.prompt, load.generate, 1, 0, load.vocabulary)
             Client(server.url, NAME, server.headers()).run(warm.drawn(100.0, -1))
-            rates = [_at(rate, load, server, spec, context) for rate in spec["rates"]]
+            rates = [
+                _at(rate, number if shared else 0, load, server, spec, context)
+                for number, rate in enumerate(spec["rates"])
+            ]
     slowest = min(found["time_to_first_token"]["p50"] for found in rates)
     own = client["time_to_first_token"]["p50"]
     return {
@@ -107,8 +115,14 @@ def _calibrated(load: Load, rate: float, spec: Mapping[str, Any]) -> dict[str, A
 
 
 def _at(
-    rate: float, load: Load, server: Server, spec: Mapping[str, Any], context: Context
+    rate: float,
+    draw: int,
+    load: Load,
+    server: Server,
+    spec: Mapping[str, Any],
+    context: Context,
 ) -> dict[str, Any]:
+    """Load it at one rate. Where prefixes are shared each rate has a `draw` of ids of its own."""
     before, done = _counted(server), 0
 
     def told(asked: Asked) -> None:
@@ -120,7 +134,7 @@ def _at(
 
     client = Client(server.url, NAME, server.headers())
     with _Watch(server) as watch:
-        found, seconds = client.run(load.drawn(rate, spec["seed"] or 0), told)
+        found, seconds = client.run(load.drawn(rate, (spec["seed"] or 0) + 1_000_003 * draw), told)
     after = _counted(server)
     return {
         **_figures(rate, found, seconds, spec["slo"]),
@@ -188,7 +202,7 @@ class _Watch:
 
     def _look(self) -> None:
         while not self._ended.wait(LOOK_EVERY):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, HTTPException):
                 text = self._server.get("/metrics")
                 self.peak = max(self.peak, _metric(text, "vllm:kv_cache_usage_perc"))
 

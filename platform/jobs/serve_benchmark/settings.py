@@ -106,6 +106,13 @@ class ServeBenchmark(Kind):
         yield from compatible(settings.apply, config, "apply", trained=method_of(trained))
         yield from given.problems(settings.apply, around)
         yield from unserved(settings.apply, around.parents["of"])
+        low, high = pair(settings.prompt)
+        if settings.budgets and (low < high or settings.turns > 1 or settings.shared_prefix):
+            yield (
+                "budgets",
+                "are divided for prompts of one length: give prompt one number, and no turns or "
+                "shared_prefix",
+            )
         if settings.longest > config.max_positions:
             yield (
                 "prompt",

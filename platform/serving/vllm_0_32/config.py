@@ -66,6 +66,7 @@ class Settle:
             return
         scheduler = vllm_config.scheduler_config
         scheduler.enable_chunked_prefill = False
+        scheduler.long_prefill_token_threshold = 0  # it cuts prompts too
         longest = vllm_config.model_config.max_model_len
         scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, longest)
         vllm_config.cache_config.enable_prefix_caching = False

@@ -75,7 +75,19 @@ class KvlabForCausalLM(nn.Module):
             cache.begin(step[self.arena.layer_name])
         elif self.model.acting.sharing is not None:
             cache.begin(_paged_batch(input_ids, next(iter(step))))
-        return self.model.serve(input_ids, positions, cache, self.passes)
+        return self.model.serve(input_ids, positions, cache, self._passes(cache))
+
+    def _passes(self, cache: RaggedCache) -> int | None:
+        """Passes over layers that read upward: at most the rows of the step's longest prompt.
+
+        One row at a time takes one, whatever others do.
+        """
+        sharing = self.model.acting.sharing
+        if sharing is None:
+            return self.passes
+        longest = max((rows.stop - rows.start for rows in cache.batch.prompts), default=1)
+        asked = self.passes or sharing.forward_passes + sharing.backward_passes
+        return min(asked, longest)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """Map hidden states [N, W] to logits [N, V]."""
@@ -106,7 +118,7 @@ class KvlabForCausalLM(nn.Module):
             slots = eviction.value.load()(eviction.params).in_slots()
             state = found.state // found.itemsize
             limit = -(-self.longest // found.span) + 1
-            space = Space(found.width, found.block_size, found.head, state, limit)
+            space = Space(found.width, found.block_size, found.head, state, limit, found.slots)
             self._cache = PoolCache(
                 found.config, self.method, slots, pool, space, self.model.rotation
             )

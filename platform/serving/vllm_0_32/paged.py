@@ -93,15 +93,12 @@ class PagedCache(RaggedCache):
         return heads
 
     def _turned(self, heads: Tensor) -> Tensor:
-        """Rotate [1, H, T, D] in place; return it as rows [T, H, D]."""
-        rows = _rows(heads)
-        kind = rows.dtype
-        if self._turns.dtype != kind:
-            self._turns = self._turns.to(kind)
-        torch.ops._C.rotary_embedding(
-            self._places, rows.flatten(1), None, heads.shape[-1], self._turns, True
-        )
-        return rows
+        """Rotate [1, H, T, D], in place where its rows lie so; return it as rows [T, H, D]."""
+        rows = _rows(heads).flatten(1)  # a copy where a norm stands in front
+        if self._turns.dtype != rows.dtype:
+            self._turns = self._turns.to(rows.dtype)
+        torch.ops._C.rotary_embedding(self._places, rows, None, heads.shape[-1], self._turns, True)
+        return torch.unflatten(rows, 1, (-1, heads.shape[-1]))
 
     def nbytes(self) -> int:
         found = (layer.kv_cache.untyped_storage() for layer in self._layers.values())
@@ -146,7 +143,7 @@ def _attention(
         config.head_dim**-0.5,
         num_kv_heads=config.kv_heads,
         cache_config=cache_config,
-        per_layer_sliding_window=window,
+        per_layer_sliding_window=window - 1 if strict and window is not None else window,
         prefix=_name(layer),
         **given,
     )
@@ -162,7 +159,7 @@ def turns(frequencies: Tensor, positions: int) -> Tensor:
     Args: frequencies: [rotary_dim], the latter half those of the sines (`signed_frequencies`).
     """
     half = len(frequencies) // 2
-    angles = torch.arange(positions).unsqueeze(-1) * frequencies[half:].cpu()
+    angles = torch.arange(positions, device="cpu").unsqueeze(-1) * frequencies[half:].cpu()
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
@@ -181,8 +178,11 @@ def _strict(base: type[AttentionBackend]) -> type[AttentionBackend]:
 
     class StrictBuilder(base.get_builder_cls()):  # type: ignore[misc]
         def build(self, common_prefix_len: int, step: Any, fast_build: bool = False) -> Any:
+            bound = step.seq_lens_cpu_upper_bound
             shorter = step.replace(
-                seq_lens=step.seq_lens - 1, max_seq_len=max(1, step.max_seq_len - 1)
+                seq_lens=(step.seq_lens - 1).clamp_min(0),
+                seq_lens_cpu_upper_bound=None if bound is None else (bound - 1).clamp_min(0),
+                max_seq_len=max(1, step.max_seq_len - 1),
             )
             found = super().build(common_prefix_len, shorter, fast_build)
             rows = step.query_start_loc[1:] - step.query_start_loc[:-1]

@@ -70,7 +70,12 @@ class Engine:
         blocks = 1000
         self.pool = torch.full((blocks * BLOCK, demand.width), float("nan"), dtype=torch.float64)
         space = Space(
-            demand.width, BLOCK, demand.head, demand.state // size, LIMIT // method.span()
+            demand.width,
+            BLOCK,
+            demand.head,
+            demand.state // size,
+            LIMIT // method.span(),
+            demand.slots,
         )
         self.cache = PoolCache(
             demand.config, method, slots, self.pool, space, model.rotation

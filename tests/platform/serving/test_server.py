@@ -76,6 +76,11 @@ def test_it_completes_and_streams(server: Server) -> None:
 
 def test_it_asks_for_its_key(server: Server) -> None:
     assert posted(server, {"prompt": "w5", "max_tokens": 1}, key=None)[0] == 401
+    stranger = Server(server._process, server.host, server.port, None)
+    for path in ("/metrics", "/v1/models", "/invocations"):
+        with pytest.raises(OSError, match="401"):
+            stranger.get(path)
+    assert stranger.get("/health") == ""
 
 
 def test_it_says_what_its_pool_is(server: Server) -> None:
@@ -94,7 +99,16 @@ def test_strangers_need_a_key(tmp_path: Path) -> None:
     with pytest.raises(KvlabError, match=r"--host 0\.0\.0\.0: is reached from other machines"):
         check(Listening(tmp_path, "x", host="0.0.0.0"))
     check(Listening(tmp_path, "x", host="0.0.0.0", key="k"))
+    with pytest.raises(KvlabError, match="is reached from other machines"):
+        check(Listening(tmp_path, "x", host="::", key=""))
     check(Listening(tmp_path, "x"))
+
+
+def test_a_port_that_is_taken(server: Server, tmp_path: Path) -> None:
+    """Or its owner would answer for the new server."""
+    asked_ = Listening(tmp_path, "x", port=server.port)
+    with pytest.raises(KvlabError, match=rf"--port {server.port}: cannot listen"), started(asked_):
+        pass
 
 
 def test_a_server_that_cannot_start_says_why(spoken: Path, tmp_path: Path) -> None:
@@ -153,3 +167,13 @@ class TestRefused:
         apply = {"eviction": {"h2o": {}}}
         with pytest.raises(Unserved, match="where layers share keys downwards alone"):
             export.check(served({"lckv": {}}), apply)
+
+    def test_pages_go_by_one_window(self, served: Callable[..., Path]) -> None:
+        source = served({"cla": {}}, windows=(16, None, 16, None))
+        with pytest.raises(Unserved, match="layers 0 and 1 share keys and have windows of 16"):
+            export.check(source, {})
+
+    def test_rows_that_cannot_be_foretold(self, served: Callable[..., Path]) -> None:
+        apply = {"eviction": {"h2o": {}}, "budget": {"squeeze_attention": {"rounding": "truncate"}}}
+        with pytest.raises(Unserved, match="rounding: truncate"):
+            export.check(served({}), apply)

@@ -27,7 +27,9 @@ SERVED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "full": ({}, {}),
     "full_tied": ({}, {}),
     "sharing": ({"cla": {}}, {}),
+    "full_qk_norm": ({}, {}),
     "sharing_upward": ({"lckv": {}}, {}),
+    "sharing_upward_window": ({"lckv": {}}, {"sliding_window": {"window": 16}}),
     "window": ({}, {"sliding_window": {"window": 16}}),
     "streaming_llm": ({}, {"streaming_llm": {}, "uniform": {"tokens": 12}}),
     "h2o": ({}, {"h2o": {}, "uniform": {"tokens": 12}}),
@@ -82,7 +84,8 @@ def test_it_says_what_the_torch_engine_says(
 ) -> None:
     """Eight requests of all lengths, three at a time: they join and leave as others run."""
     method, apply = SERVED[name]
-    source, asked = served(method, tie_embeddings=name == "full_tied"), prompts()
+    sizes = {"full_tied": {"tie_embeddings": True}, "full_qk_norm": {"qk_norm": True}}
+    source, asked = served(method, **sizes.get(name, {})), prompts()
     with engine(source, apply, tmp_path / "out") as (running, demand):
         found = running.generate(asked, NEW)
         effective, capacity = running.effective(), running.capacity()
@@ -129,6 +132,16 @@ def test_pages_are_given_in_chunks_shared_and_taken_back(
         assert running.effective()["chunked_prefill"]
         found = running.generate(asked, NEW)
     assert [one.ids for one in found] == alone(source, apply, asked)
+
+
+def test_prompts_are_whole_whatever_else_cuts_them(
+    served: Callable[..., Path], tmp_path: Path
+) -> None:
+    method, apply = SERVED["h2o"]
+    options = {"long_prefill_token_threshold": 16}
+    with engine(served(method), apply, tmp_path / "out", **options) as (running, _):
+        found = running.generate(prompts(), NEW)
+    assert [one.ids for one in found] == alone(served(method), apply, prompts())
 
 
 def test_bfloat16(served: Callable[..., Path], tmp_path: Path) -> None:
