@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,16 +36,18 @@ def command(
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise KvlabError(f"{folder}: is there and not an empty folder: name a new one")
     source = Path(model) if Path(model).is_dir() else published(model, workflow)
+    from kvlab.methods.decoder.huggingface.settings import CheckpointError
     from kvlab.platform.cli.applied import canonical_of
     from kvlab.platform.jobs.checkpoint import trained_method
     from kvlab.platform.serving import export
 
     choices = canonical_of(apply) if apply is not None else {}
-    if choices or "granularity" in trained_method(source):
-        export.write(source, choices, folder)
-        print(f"{folder}: {export.ARCHITECTURE}")
-        return
-    print(f"{folder}: {_checkpoint(source, folder)}")
+    if not choices and "granularity" not in trained_method(source):
+        with contextlib.suppress(CheckpointError):  # none of theirs can say all of it
+            print(f"{folder}: {_checkpoint(source, folder)}")
+            return
+    export.write(source, choices, folder)
+    print(f"{folder}: {export.ARCHITECTURE}")
 
 
 def _checkpoint(source: Path, folder: Path) -> str:

@@ -12,6 +12,9 @@ from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from kvlab.methods.decoder.layers import FeedForward, RMSNorm
 from kvlab.methods.decoder.model import Decoder
 
+WHOLE = 64
+"""Numbers that a row must be a multiple of for the norm's kernel, whatever their type."""
+
 
 class Packed(nn.Module):
     """A linear map whose weight lies as vLLM's CPU kernels want it; nothing else is left of it."""
@@ -73,7 +76,7 @@ def pack(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, FeedForward) and module.gate and module.activation == "silu":
             model.set_submodule(name, GatedUp(module))
-        elif isinstance(module, RMSNorm):
+        elif isinstance(module, RMSNorm) and len(module.weight) % WHOLE == 0:
             model.set_submodule(name, Normed(module))
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:

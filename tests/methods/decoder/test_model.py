@@ -102,7 +102,7 @@ def test_low_precision_keeps_exact_frequencies(
     text = ids(2, 9)
     expected = model(text).nll
     model.to(torch.bfloat16)
-    assert model.decoder._frequencies.dtype == torch.float32
+    assert model.decoder.frequencies.dtype == torch.float32
     torch.testing.assert_close(model(text).nll, expected, rtol=0.1, atol=0.25)
 
 

@@ -176,6 +176,19 @@ def test_nothing_is_overwritten_or_left_behind(
     code, said = export(token, token / "model.json" / "out")
     assert code == 2
     assert said.endswith("cannot be written (Not a directory)")
-    code, said = export(block, tmp_path / "out")
-    assert (code, said) == (2, "a BlockTransformer has no Hugging Face architecture")
+    code, said = export(block, tmp_path / "out", "--apply", "{int8: {}}")
+    assert code == 2
+    assert said.startswith("'int8' cannot be served")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_hugging_face_does_not_have_is_written_as_ours(
+    published: Callable[..., Path], tmp_path: Path, export: Callable[..., tuple[int, str]]
+) -> None:
+    block = published({"block_transformer": {"block_length": 2}}, "block")
+    out = tmp_path / "out"
+    assert export(block, out) == (0, f"{out}: KvlabForCausalLM")
+    said = json.loads((out / "config.json").read_text())
+    assert said["kvlab"]["apply"] == {}
+    assert "granularity" in said["kvlab"]["method"]
+    assert (out / "model.safetensors").is_file()

