@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from kvlab import KvlabError
 from kvlab.platform.record import fault
 
 
@@ -58,3 +61,22 @@ def _sync_one(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """Give a folder to write into, which becomes `folder` at the end, or nothing does.
+
+    Raises:
+        KvlabError: it cannot be written.
+    """
+    target = folder.absolute()
+    made = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        made.mkdir(parents=True)
+        yield made
+        made.rename(target)
+    except OSError as error:
+        raise KvlabError(f"{folder}: cannot be written ({error.strerror})") from error
+    finally:
+        remove(made)

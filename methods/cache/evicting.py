@@ -55,9 +55,7 @@ class EvictingCache(Cache):
         self._kv_of, self._readers = config.kv_of, opening.readers()
         self._ends = last_reads(config.kv_of)
         self._heads = ranking.heads(config)
-        strict = config.sharing is not None and (
-            config.sharing.strict or any(kv > i for i, kv in enumerate(config.kv_of))
-        )
+        strict = config.sharing is not None and (config.sharing.strict or config.upward)
         self._masked = strict or config.windows is not None or reads is not None
         self._waits = self._budget.importance is not None
         self._tables: list[Table] = []

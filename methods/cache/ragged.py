@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import NamedTuple
 
 from torch import Tensor
@@ -46,7 +45,8 @@ class RaggedCache(Cache):
     """The past of all requests of an engine, which joins and ends them as it likes.
 
     Passes have a batch of one, [1, T, W]: what belongs together `begin` says, and `aim` where a
-    model runs a decoder over other rows than the engine's.
+    model runs a decoder over other rows than the engine's. Only a model that keeps state of a
+    request asks for it, or for prompts' lengths.
     """
 
     attends = True
@@ -62,25 +62,25 @@ class RaggedCache(Cache):
         """Hear whose rows the next pass has."""
         self.aimed = aim
 
-    @abstractmethod
     def state_of(self, which: Tensor | None) -> Tensor:
         """Return what a model keeps of requests [M] that decode: [M, n], a copy."""
+        raise NotImplementedError
 
-    @abstractmethod
     def keep(self, which: Tensor | None, state: Tensor) -> None:
         """Keep [M, n] of requests that decode."""
+        raise NotImplementedError
 
-    @abstractmethod
     def start(self, prompts: list[int], state: Tensor) -> None:
         """Keep [P, n] of requests whose prompt came now."""
+        raise NotImplementedError
 
-    @abstractmethod
     def measure(self, prompts: list[int], tokens: list[int]) -> None:
         """Note how many tokens new requests' prompts have, for `lengths`."""
+        raise NotImplementedError
 
-    @abstractmethod
     def lengths(self) -> Tensor:
         """Return the tokens [R] of the prompts of requests that decode."""
+        raise NotImplementedError
 
     def read(self, layer: int) -> None:
         raise NotImplementedError("a server's cache attends by itself")

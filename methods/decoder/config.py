@@ -134,6 +134,11 @@ class DecoderConfig:
         return tuple(range(self.layers)) if self.sharing is None else self.sharing.kv_of
 
     @property
+    def upward(self) -> bool:
+        """Whether a layer reads keys and values from above it."""
+        return any(kv > layer for layer, kv in enumerate(self.kv_of))
+
+    @property
     def kv_layers(self) -> tuple[int, ...]:
         """The layers that own keys and values, in order."""
         return tuple(sorted(set(self.kv_of)))

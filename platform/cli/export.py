@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -54,20 +53,13 @@ def _checkpoint(source: Path, folder: Path) -> str:
     """Write a Hugging Face checkpoint; return its architecture's name."""
     from kvlab.methods.decoder.huggingface.writer import write_checkpoint
     from kvlab.methods.store import load
-    from kvlab.platform.artifacts import remove
+    from kvlab.platform.artifacts import whole
     from kvlab.platform.serving.export import copy_tokenizer
 
     found = load(source)  # before anything is written
-    made = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}")
-    try:
-        made.mkdir(parents=True)
+    with whole(folder) as made:
         architecture = write_checkpoint(found, made)
         copy_tokenizer(source, made)
-        made.rename(folder.absolute())
-    except OSError as error:
-        raise KvlabError(f"{folder}: cannot be written ({error.strerror})") from error
-    finally:
-        remove(made)
     return architecture
 
 

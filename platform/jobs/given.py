@@ -28,4 +28,5 @@ def problems(apply: Method, around: Surroundings) -> Iterator[tuple[str, str]]:
 
 def sources(spec: Mapping[str, Any]) -> tuple[str, ...]:
     """Modules that decide a result by what `spec` takes."""
-    return (*budgets.sources(spec), *controller.sources(spec))
+    own = "kvlab.platform.jobs.prepared"
+    return (own, *budgets.sources(spec), *controller.sources(spec))

@@ -276,7 +276,7 @@ def _mixed_windows(acting: DecoderConfig, method: Method, how: str | None) -> li
                 f"layers {kv} and {layer} share keys and have windows of {own[kv]} and "
                 f"{own[layer]}: layers that share can be served with one window"
             ]
-    strict = acting.sharing.strict or any(kv > i for i, kv in enumerate(acting.kv_of))
+    strict = acting.sharing.strict or acting.upward
     if strict and 1 in windows(acting, method):
         return ["a window of 1 leaves nothing to layers that do not read their own token"]
     return []
@@ -303,12 +303,11 @@ def problems(config: DecoderConfig, method: Method) -> list[str]:
         found.append(f"'{eviction.value.name}' over blocks cannot be served with a window")
     sharing = acting.sharing
     if sharing is not None:
-        upward = any(kv > layer for layer, kv in enumerate(sharing.kv_of))
         if any(acting.kv_of[kv] != kv for kv in acting.kv_layers):
             found.append("layers that keep keys and read others' cannot be served")
         if sharing.sequential:
             found.append("layers that run row by row (sequential) cannot be served")
-        if how == "slots" and (sharing.strict or upward):
+        if how == "slots" and (sharing.strict or acting.upward):
             found.append(
                 f"'{eviction.value.name}' is served where layers share keys downwards alone (a "
                 "bottom layout)"

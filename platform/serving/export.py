@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kvlab import KvlabError
 from kvlab.methods.axis import Method
 from kvlab.methods.decoder.config import DecoderConfig
-from kvlab.platform.artifacts import remove
+from kvlab.platform.artifacts import whole
 from kvlab.platform.data.documents import DataError
 from kvlab.platform.data.vocabulary import end_of_text
 from kvlab.platform.jobs.checkpoint import read_config, trained_method
@@ -54,19 +52,12 @@ def write(source: Path, apply: Mapping[str, Any], folder: Path) -> None:
         Unserved: the server cannot keep it. KvlabError: no model, or no room.
     """
     config, _ = check(source, apply)
-    made = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}")
-    try:
-        made.mkdir(parents=True)
+    with whole(folder) as made:
         dtype = _weights(source, made)
         described = {"config": config.to_dict(), "method": trained_method(source), "apply": apply}
         text = json.dumps(description(config, described, dtype, _ends(source)), indent=2)
         (made / "config.json").write_text(text + "\n", encoding="utf-8")
         copy_tokenizer(source, made)
-        made.rename(folder.absolute())
-    except OSError as error:
-        raise KvlabError(f"{folder}: cannot be written ({error.strerror})") from error
-    finally:
-        remove(made)
 
 
 def description(

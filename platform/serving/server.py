@@ -124,7 +124,7 @@ def started(asked: Listening, log: Path | None = None) -> Iterator[Server]:
         out = stack.enter_context(log.open("wb")) if log is not None else None
         process = subprocess.Popen(
             _command(asked, port), env=_environment(asked.key), stdout=out, stderr=out,
-            start_new_session=True, preexec_fn=_end_with_parent,
+            start_new_session=True, preexec_fn=end_with_parent,
         )  # fmt: skip
         try:
             server = Server(process, host, port, asked.key)
@@ -175,7 +175,7 @@ def _why(log: Path | None) -> str:
     return f": {named[0].strip()}" if named else f": see {log}"
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """In the new process: ask Linux to end it when whoever started it is gone, however it went."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)

@@ -72,7 +72,7 @@ def composes(method: Method, config: DecoderConfig | None) -> Iterator[str]:
         yield f"releases tokens, and '{granularity.value.name}' keeps blocks"
     if config is None or config.sharing is None:
         return
-    if config.sharing.strict or any(kv > layer for layer, kv in enumerate(config.kv_of)):
+    if config.sharing.strict or config.upward:
         yield (
             "rebuilds a token together with the current one, which layers that read keys from "
             "above them cannot: share downwards (a bottom layout)"

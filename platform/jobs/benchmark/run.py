@@ -19,6 +19,7 @@ from kvlab.platform.jobs.benchmark.median import summarise
 from kvlab.platform.jobs.checkpoint import trained_method
 from kvlab.platform.jobs.context import Context, Stopped
 from kvlab.platform.jobs.dtype import torch_dtype
+from kvlab.platform.jobs.prepared import applied
 
 ENOUGH = 5
 """Repeats from which a median's interval is worth printing (93.75 % at five)."""
@@ -70,7 +71,8 @@ def _served(
     """Measure through vLLM's engine, in this process."""
     from kvlab.platform.jobs.benchmark.served import measure
 
-    apply = applied(spec, context, from_dict(spec["apply"]), trained_method(context.inputs["of"]))
+    span = from_dict(trained_method(context.inputs["of"])).span()
+    apply = applied(spec, context, -(-spec["prompt"] // span))
     found = measure(spec, context, apply, dtype)
     as_asked = found.pop("as_asked")
     busy = (taken, others, during.cores())
@@ -105,22 +107,6 @@ def _circumstances(
     }
 
 
-def applied(
-    spec: Mapping[str, Any], context: Context, apply: Method, trained: Mapping[str, Any]
-) -> Method:
-    """Return run-time choices with what other jobs prepared for them."""
-    if spec.get("controller"):
-        from kvlab.platform.jobs.controller.supply import supplied
-
-        apply = supplied(apply, context.inputs["controller"])
-    if spec.get("budgets"):
-        from kvlab.platform.jobs.calibrate.fixed import calibrated
-
-        rows = -(-spec["prompt"] // from_dict(trained).span())
-        apply = calibrated(apply, context.inputs["budgets"], rows)
-    return apply
-
-
 class Bench:
     """A model under its run-time axes, measured at one batch size after another.
 
@@ -139,8 +125,7 @@ class Bench:
         self.model, self.spec, self.context, self.device = model, spec, context, device
         self.apply: Method | None = None
         if spec["apply"]:
-            asked = from_dict(spec["apply"])
-            self.apply = applied(spec, context, asked, model.method.to_dict())
+            self.apply = applied(spec, context, -(-spec["prompt"] // model.method.span()))
         self.cost = _cost(model, self.apply)
         # A block in the making is not in the cache yet.
         self.least = spec["prompt"] + spec["generate"] - model.method.span() + 1

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,18 +12,15 @@ from kvlab.methods.cost import cost_of
 from kvlab.platform.jobs.benchmark.median import summarise
 from kvlab.platform.jobs.checkpoint import read_config, trained_method
 from kvlab.platform.jobs.context import Context, Stopped
-from kvlab.platform.serving import export
-from kvlab.platform.serving.demand import Slots, demand_of, under
-from kvlab.platform.serving.vllm_0_32.engine import Asked, Engine, Run
-
-SPARE = 1.1
-"""How much larger than the full caches of the largest batch a pool is, where none is asked for."""
+from kvlab.platform.serving.demand import Slots, under
+from kvlab.platform.serving.opened import opened
+from kvlab.platform.serving.vllm_0_32.engine import Engine, Run
 
 
 def measure(
     spec: Mapping[str, Any],
     context: Context,
-    apply: Method | None,
+    apply: Method,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Measure every batch size; see `kvlab.platform.jobs.benchmark.run`.
@@ -37,40 +32,32 @@ def measure(
         rows; engine (what vLLM really runs with); as_asked: no request took more blocks than
         predicted, and none was turned out whose answer that would change.
     """
-    source = context.inputs["of"]
-    canonical = {} if apply is None else apply.to_dict()
-    config, trained = read_config(source), trained_method(source)
-    itemsize = torch.empty(0, dtype=dtype).element_size()
-    length = spec["prompt"] + spec["generate"]
-    page: dict[str, Any] = {"itemsize": itemsize, "block_size": 128, "in_flight": length}
-    full = demand_of(config, {}, {}, **page)
-    most = max(spec["batch"])
-    pool = spec["kv_budget"] or int(SPARE * (most * full.blocks(1, length) + 1) * full.block_bytes)
-    with TemporaryDirectory(prefix="kvlab-served-") as scratch:
-        folder = Path(scratch) / "model"
-        export.write(source, canonical, folder)
-        # The same prompts come again: no arm may find them in its cache.
-        options = {"dtype": str(dtype).removeprefix("torch."), "enable_prefix_caching": False}
-        asked = Asked(folder, pool, length, most, spec["seed"] or 0, options)
-        with Engine(asked) as engine:
-            found = engine.effective()
-            in_flight = found["max_num_batched_tokens"]
-            given = {**page, "block_size": found["block_size"][0], "in_flight": in_flight}
-            demand = demand_of(config, trained, canonical, **given)
-            engine.check(demand)
-            own = cost_of(config, under(trained, canonical))
-            predicted = own.kv_bytes_per_token(length, itemsize, spec["prompt"])
-            rows, as_asked = [], True
-            for batch in spec["batch"]:
-                runs = _runs(engine, spec, context, config.vocab_size, batch)
-                each = demand.blocks(spec["prompt"], length)
-                exact = not isinstance(demand, Slots)
-                as_asked &= exact or not any(run.preemptions for run in runs)
-                as_asked &= runs[-1].peak_blocks <= batch * each
-                row = _row(spec, batch, runs, demand.block_bytes, each)
-                rows.append({**row, **_capacity(engine, found, each, length),
-                             "kv_bytes_per_token_predicted": predicted})  # fmt: skip
-    return {"rows": rows, "engine": {**found, "asked_pool_bytes": pool}, "as_asked": as_asked}
+    source, length = context.inputs["of"], spec["prompt"] + spec["generate"]
+    config = read_config(source)
+    own = cost_of(config, under(trained_method(source), apply.to_dict()))
+    predicted = own.kv_bytes_per_token(length, dtype.itemsize, spec["prompt"])
+    rows, as_asked = [], True
+    with opened(
+        source,
+        apply,
+        dtype,
+        longest=length,
+        requests=max(spec["batch"]),
+        seed=spec["seed"] or 0,
+        pool=spec["kv_budget"],
+    ) as found:
+        engine, demand = found.engine, found.demand
+        each = demand.blocks(spec["prompt"], length)
+        for batch in spec["batch"]:
+            runs = _runs(engine, spec, context, config.vocab_size, batch)
+            exact = not isinstance(demand, Slots)
+            as_asked &= exact or not any(run.preemptions for run in runs)
+            as_asked &= runs[-1].peak_blocks <= batch * each
+            row = _row(spec, batch, runs, demand.block_bytes, each)
+            capacity = _capacity(engine, found.effective, each, length)
+            rows.append({**row, **capacity, "kv_bytes_per_token_predicted": predicted})
+        effective = {**found.effective, "asked_pool_bytes": found.pool}
+    return {"rows": rows, "engine": effective, "as_asked": as_asked}
 
 
 def _runs(

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvlab.methods.axis import Method
-from kvlab.methods.registry import from_dict
 from kvlab.methods.store import load
 from kvlab.platform.data import corpus
 from kvlab.platform.jobs import environment
@@ -15,6 +14,7 @@ from kvlab.platform.jobs.context import Context, JobError
 from kvlab.platform.jobs.dtype import torch_dtype
 from kvlab.platform.jobs.evaluate import divergence, perplexity, recall
 from kvlab.platform.jobs.evaluate.windows import Windows, cut
+from kvlab.platform.jobs.prepared import applied
 
 SAID = 32
 """Tokens of an answer at most."""
@@ -51,11 +51,11 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
     if metrics & {*OF_WINDOWS, "divergence"}:
         windows = _windows(spec, context, model.config.vocab_size)
         if metrics & OF_WINDOWS:
-            method = _method(spec, context, spec["sequence_length"] // span)
+            method = applied(spec, context, spec["sequence_length"] // span)
             result |= perplexity.measure(model, windows, method, spec, device, context)
         if "divergence" in metrics:
             asked, size = spec["divergence"], spec["batch_size"]
-            method = _method(spec, context, -(-asked["prompt"] // span))
+            method = applied(spec, context, -(-asked["prompt"] // span))
             found = divergence.measure(model, windows, method, asked, size, device, context)
             result["divergence"] = found
     if metrics & recall.WAYS.keys():
@@ -63,7 +63,7 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
         size = spec["batch_size"]
 
         def cut_for(tokens: int) -> Method:
-            return _method(spec, context, -(-tokens // span))
+            return applied(spec, context, -(-tokens // span))
 
         served = spec.get("engine") == "vllm"
         apply = cut_for if spec["apply"] or served else None
@@ -73,7 +73,7 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
                 from kvlab.platform.jobs.evaluate.served import answering
 
                 longest = min(max(asked["lengths"]) + SAID, model.config.max_positions)
-                method = _method(spec, context, -(-max(asked["lengths"]) // span))
+                method = applied(spec, context, -(-max(asked["lengths"]) // span))
                 answer = stack.enter_context(
                     answering(context.inputs["of"], method, dtype, longest, size, spec["seed"])
                 )
@@ -82,20 +82,6 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
             )
     measured = environment.capture(context, dtype=str(dtype).removeprefix("torch."))
     return {**result, "environment": measured}
-
-
-def _method(spec: Mapping[str, Any], context: Context, rows: int) -> Method:
-    """The run-time axes; budgets of a calibrate job are divided for prompts of so many rows."""
-    method = from_dict(spec["apply"])
-    if spec.get("controller"):
-        from kvlab.platform.jobs.controller.supply import supplied
-
-        method = supplied(method, context.inputs["controller"])
-    if not spec.get("budgets"):
-        return method
-    from kvlab.platform.jobs.calibrate.fixed import calibrated
-
-    return calibrated(method, context.inputs["budgets"], rows)
 
 
 def _windows(spec: Mapping[str, Any], context: Context, known: int) -> Windows:

@@ -55,8 +55,7 @@ class Label(Kind):
         config, trained = lineage(model)
         length = settings.sequence_length or around.data["sequence_length"]
         acting = method_of(trained).acting(config)
-        upward = any(kv > layer for layer, kv in enumerate(acting.kv_of))
-        if "granularity" in trained or upward:
+        if "granularity" in trained or acting.upward:
             yield (
                 "of",
                 f"labels are what full attention attends to, and '{model.name}' is "

@@ -14,10 +14,10 @@ from typing import Any
 from kvlab.methods.registry import from_dict
 from kvlab.platform.jobs import environment
 from kvlab.platform.jobs.benchmark import load as machine
-from kvlab.platform.jobs.benchmark.run import applied
 from kvlab.platform.jobs.checkpoint import read_config, trained_method
 from kvlab.platform.jobs.context import Context, Stopped
 from kvlab.platform.jobs.dtype import torch_dtype
+from kvlab.platform.jobs.prepared import applied
 from kvlab.platform.serving import export
 from kvlab.platform.serving.load import null
 from kvlab.platform.serving.load.arrivals import Load
@@ -54,10 +54,8 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
     device = environment.prepare(context, spec["seed"])
     others = machine.before()
     source = context.inputs["of"]
-    trained = trained_method(source)
-    apply = applied(
-        {**spec, "prompt": spec["prompt"][1]}, context, from_dict(spec["apply"]), trained
-    )
+    span = from_dict(trained_method(source)).span()
+    apply = applied(spec, context, -(-spec["prompt"][1] // span))
     load = Load(
         spec["requests"], tuple(spec["prompt"]), tuple(spec["generate"]), spec["turns"],
         spec["shared_prefix"], read_config(source).vocab_size,

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +15,7 @@ from collections.abc import Iterator
 from aiohttp import web
 
 from kvlab import KvlabError
+from kvlab.platform.serving.server import end_with_parent
 
 HOST = "127.0.0.1"
 
@@ -35,8 +34,6 @@ async def completions(request: web.Request) -> web.StreamResponse:
 
 def main() -> None:
     """Listen on a free port of this machine, and print it."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # end with whoever started it
     application = web.Application()
     application.router.add_post("/v1/completions", completions)
 
@@ -57,7 +54,9 @@ def main() -> None:
 def started() -> Iterator[str]:
     """Run it in a process of its own; give its URL."""
     command = [sys.executable, "-m", __name__]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, preexec_fn=end_with_parent
+    )
     assert process.stdout is not None
     try:
         port = process.stdout.readline().strip()

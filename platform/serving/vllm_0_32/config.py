@@ -109,4 +109,4 @@ def _upward(vllm_config: VllmConfig) -> bool:
     described = vllm_config.model_config.hf_config.kvlab
     config = DecoderConfig.from_dict(dict(described["config"]))
     acting = from_dict(described["method"]).acting(config)
-    return any(kv > layer for layer, kv in enumerate(acting.kv_of))
+    return acting.upward

@@ -73,7 +73,7 @@ class KvlabForCausalLM(nn.Module):
         cache = self._ready()
         if self.arena is not None:
             cache.begin(step[self.arena.layer_name])
-        elif self.model.acting.sharing is not None:
+        elif self.model.acting.upward:  # asks the device
             cache.begin(_paged_batch(input_ids, next(iter(step))))
         return self.model.serve(input_ids, positions, cache, self._passes(cache))
 
@@ -83,7 +83,7 @@ class KvlabForCausalLM(nn.Module):
         One row at a time takes one, whatever others do.
         """
         sharing = self.model.acting.sharing
-        if sharing is None:
+        if sharing is None or not self.model.acting.upward:
             return self.passes
         longest = max((rows.stop - rows.start for rows in cache.batch.prompts), default=1)
         asked = self.passes or sharing.forward_passes + sharing.backward_passes
@@ -151,17 +151,11 @@ class _Idle(RaggedCache):
     def nbytes(self) -> int:
         return 0
 
-    def state_of(self, which: Tensor | None) -> Tensor:
-        raise NotImplementedError
-
     def keep(self, which: Tensor | None, state: Tensor) -> None: ...
 
     def start(self, prompts: list[int], state: Tensor) -> None: ...
 
     def measure(self, prompts: list[int], tokens: list[int]) -> None: ...
-
-    def lengths(self) -> Tensor:
-        raise NotImplementedError
 
 
 def _paged_batch(ids: Tensor, layer: str) -> Batch:

@@ -57,7 +57,7 @@ class PagedCache(RaggedCache):
                 config, layer, None if own else kv, window, strict or kv > layer, cache_config
             )
             layers.append(made)
-        self._upward = any(kv > layer for layer, kv in enumerate(config.kv_of))
+        self._upward = config.upward
         self._fresh: dict[int, tuple[Tensor, Tensor]] = {}
         self._written: set[int] = set()
 
@@ -103,21 +103,6 @@ class PagedCache(RaggedCache):
     def nbytes(self) -> int:
         found = (layer.kv_cache.untyped_storage() for layer in self._layers.values())
         return sum({storage.data_ptr(): storage.nbytes() for storage in found}.values())
-
-    def state_of(self, which: Tensor | None) -> Tensor:
-        raise NotImplementedError
-
-    def keep(self, which: Tensor | None, state: Tensor) -> None:
-        raise NotImplementedError
-
-    def start(self, prompts: list[int], state: Tensor) -> None:
-        raise NotImplementedError
-
-    def measure(self, prompts: list[int], tokens: list[int]) -> None:
-        raise NotImplementedError
-
-    def lengths(self) -> Tensor:
-        raise NotImplementedError
 
 
 def _attention(
