@@ -203,6 +203,11 @@ class Method:
         shape = choice.value.shape if choice else None
         return shape(choice.params, config) if choice and shape else config
 
+    def positions(self, tokens: int) -> int:
+        """The most positions that so many tokens can take, wherever a prompt among them ends."""
+        span = self.span()
+        return tokens if span == 1 else -(-tokens // span) + 1
+
     def lacks(self) -> str | None:
         """What another job must still give the method: see `Value.needs`."""
         choice = self["eviction"]

@@ -94,6 +94,7 @@ ENTRY = Value(
     needs=lambda params: (
         "controller" if params.scores == "controller" and not params.controller else None
     ),
+    served=lambda params: "slots",
     observes_all=True,  # attention received does; a controller would not
     sources=("kvlab.methods.eviction.adore",),
 )

@@ -39,6 +39,11 @@ SERVED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "squeeze": ({}, {"h2o": {}, "squeeze_attention": {"tokens": 16}}),
     "block": ({"block_transformer": {}}, {}),
     "block_h2o": ({"block_transformer": {}}, {"h2o": {}, "uniform": {"tokens": 4}}),
+    "adore": ({}, {"adore": {"controller": "", "rebuild": 4}, "uniform": {"tokens": 12}}),
+    "adore_rule": (
+        {"cla": {}},
+        {"adore": {"scores": "rule", "rebuild": 4}, "squeeze_attention": {"tokens": 12}},
+    ),
     "sharing_snapkv": ({"cla": {}}, {"snapkv": {"window": 4}, "uniform": {"tokens": 12}}),
 }
 
@@ -49,13 +54,11 @@ def prompts() -> list[list[int]]:
 
 
 def alone(source: Path, apply: dict[str, Any], asked: list[list[int]]) -> list[tuple[int, ...]]:
-    """What kvlab's own engine generates for each prompt by itself, as long as the server may."""
+    """What kvlab's own engine generates for each prompt by itself."""
     model = load(source).eval()
     found = []
     for prompt in asked:
-        session = model.start(
-            torch.tensor([prompt]), new_tokens=TOKENS - len(prompt), apply=resolve(apply)
-        )
+        session = model.start(torch.tensor([prompt]), new_tokens=NEW, apply=resolve(apply))
         tokens = [int(session.logits.argmax())]
         for _ in range(NEW - 1):
             tokens.append(int(session.step(torch.tensor(tokens[-1:])).argmax()))
@@ -82,10 +85,12 @@ def engine(
 
 @pytest.mark.parametrize("name", SERVED)
 def test_it_says_what_the_torch_engine_says(
-    served: Callable[..., Path], name: str, tmp_path: Path
+    served: Callable[..., Path], controller: Path, name: str, tmp_path: Path
 ) -> None:
     """Eight requests of all lengths, three at a time: they join and leave as others run."""
     method, apply = SERVED[name]
+    if name == "adore":
+        apply = {**apply, "adore": {**apply["adore"], "controller": str(controller)}}
     sizes = {
         "full_tied": {"tie_embeddings": True},
         "full_qk_norm": {"qk_norm": True},
