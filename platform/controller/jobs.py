@@ -12,6 +12,7 @@ from kvlab.platform.controller.schedule import Task
 from kvlab.platform.controller.slots import Slot
 from kvlab.platform.controller.snapshot import Change
 from kvlab.platform.graph import Cell, Resources
+from kvlab.platform.jobs import KINDS
 from kvlab.platform.worker.message import Assignment
 
 
@@ -44,16 +45,32 @@ class Jobs:
         return self.rows[job]
 
     def tasks(self) -> list[Task]:
-        return [
-            Task(
-                row.id,
-                tuple({self._ids[name]: None for name in (*row.parents.values(), *row.needs)}),
-                Resources(**row.resources),
-                {Cause(cause): count for cause, count in row.retries.items()},
-                row.timeout,
-            )
-            for row in self.rows.values()
-        ]
+        return [self.task(row) for row in self.rows.values()]
+
+    def task(self, row: JobRow) -> Task:
+        return Task(
+            row.id,
+            tuple({self._ids[name]: None for name in (*row.parents.values(), *row.needs)}),
+            Resources(**row.resources),
+            {Cause(cause): count for cause, count in row.retries.items()},
+            row.timeout,
+            row.kind in KINDS and KINDS[row.kind].inline,
+        )
+
+    def add(self, rows: Iterable[JobRow]) -> None:
+        """Take in jobs that came later."""
+        for row in rows:
+            self.rows[row.id] = row
+            self._ids[row.name] = row.id
+
+    def named(self, name: str) -> JobRow:
+        """The job of that name."""
+        return self.rows[self._ids[name]]
+
+    def result(self, job: int) -> dict[str, Any] | None:
+        """What a done job found."""
+        found: dict[str, Any] | None = self.facts.get(job, {}).get("result", self.rows[job].result)
+        return found
 
     def inputs(self, job: int) -> dict[str, str]:
         """role -> published folder of that parent; parents that published nothing are left out."""

@@ -37,6 +37,16 @@ class RunningJob:
 
 
 @dataclass(frozen=True, slots=True)
+class StudyView:
+    """counts: trials per state. leading: the best so far, or the front, in words."""
+
+    name: str
+    counts: Mapping[str, int]
+    trials: int
+    leading: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """counts: jobs per state. changes: in their order, from the number that was asked for."""
 
@@ -44,3 +54,4 @@ class Snapshot:
     counts: Mapping[JobState, int]
     running: tuple[RunningJob, ...]
     changes: tuple[Change, ...]
+    studies: tuple[StudyView, ...] = ()

@@ -22,8 +22,8 @@ from typing import Any
 
 from kvlab import KvlabError
 from kvlab.methods.axis import TRAIN_TIME, AxisName, Choice, Method
-from kvlab.methods.budget.cost import POSITION
 from kvlab.methods.budget.amount import least_rows
+from kvlab.methods.budget.cost import POSITION
 from kvlab.methods.cache.arena import Space
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.registry import from_dict
