@@ -13,6 +13,7 @@ from kvlab.platform.controller.slots import Slot
 from kvlab.platform.controller.snapshot import Change
 from kvlab.platform.graph import Cell, Resources
 from kvlab.platform.jobs import KINDS
+from kvlab.platform.search.outcome import Done
 from kvlab.platform.worker.message import Assignment
 
 
@@ -67,10 +68,11 @@ class Jobs:
         """The job of that name."""
         return self.rows[self._ids[name]]
 
-    def result(self, job: int) -> dict[str, Any] | None:
-        """What a done job found."""
-        found: dict[str, Any] | None = self.facts.get(job, {}).get("result", self.rows[job].result)
-        return found
+    def done(self, job: int) -> Done:
+        """A done job, as whoever reads its numbers wants it."""
+        row = self.rows[job]
+        result = self.facts.get(job, {}).get("result") or row.result or {}
+        return Done(row.kind, row.axes.get("seed"), row.spec, result)
 
     def inputs(self, job: int) -> dict[str, str]:
         """role -> published folder of that parent; parents that published nothing are left out."""
@@ -133,9 +135,15 @@ class Jobs:
             self.tell(job, attempt, state, began, **columns)
 
     def tell(
-        self, job: int, attempt: int, state: JobState, began: float | None = None, **columns: Any
+        self,
+        job: int,
+        attempt: int,
+        state: JobState,
+        began: float | None = None,
+        note: str | None = None,
+        **columns: Any,
     ) -> None:
-        """Add to the history; see `note`."""
+        """Add to the history; see `note`, and `Change` for the argument of that name."""
         self.history.append(
             Change(
                 self.rows[job].name,
@@ -145,6 +153,7 @@ class Jobs:
                 columns.get("message"),
                 None if began is None else columns["ended_at"] - began,
                 "reused_from" in columns,
+                note,
             )
         )
 

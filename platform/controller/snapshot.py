@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from kvlab.db.states import JobState
+
+if TYPE_CHECKING:
+    from kvlab.platform.search.study import StudyView
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +19,7 @@ class Change:
     Attributes:
         cause, message: why its attempt ended; None where none did.
         seconds: how long the attempt took. reused: done with another workflow's result.
+        note: what else is to be said, where it goes on.
     """
 
     name: str
@@ -24,6 +29,7 @@ class Change:
     message: str | None = None
     seconds: float | None = None
     reused: bool = False
+    note: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +40,6 @@ class RunningJob:
     attempt: int
     since: float
     progress: tuple[float, float, str] | None
-
-
-@dataclass(frozen=True, slots=True)
-class StudyView:
-    """counts: trials per state. leading: the best so far, or the front, in words."""
-
-    name: str
-    counts: Mapping[str, int]
-    trials: int
-    leading: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

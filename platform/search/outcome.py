@@ -47,6 +47,8 @@ class Measured:
 def measured(jobs: Sequence[Done], names: Iterable[str]) -> dict[str, Measured]:
     """Return what jobs report of metrics; those that none reports are left out.
 
+    Args: names: of `METRICS`; or KIND.KEY, any number in the result of a job of that kind.
+
     Of several batch sizes the largest counts, of several rates of a load the highest.
     """
     found = {}
@@ -73,6 +75,14 @@ def limit_text(limit: Mapping[str, Any]) -> str:
     return f"{limit['metric']} {limit['sign']} {limit['number']:g}{of}"
 
 
+def _at(result: Any, path: Sequence[str]) -> Sample | None:
+    """The number at a path of a result; None: there is none."""
+    for key in path:
+        result = result.get(key) if isinstance(result, Mapping) else None
+    number = isinstance(result, int | float) and not isinstance(result, bool)
+    return Sample(float(result)) if number else None
+
+
 def _over(samples: Mapping[int | None, Sample]) -> Measured:
     standing = {seed: sample for seed, sample in samples.items() if sample.void is None} or samples
     summary = summarise([sample.value for sample in standing.values()])
@@ -91,6 +101,9 @@ def _over(samples: Mapping[int | None, Sample]) -> Measured:
 
 
 def _sample(job: Done, name: str) -> Sample | None:
+    kind, _, path = name.partition(".")
+    if path:
+        return _at(job.result, path.split(".")) if kind == job.kind else None
     if METRICS[name].place == "training":
         value = job.result.get(TRAINING[name]) if "flops" in job.result else None
         return None if value is None else Sample(float(value))

@@ -148,6 +148,8 @@ class SearchSettings(Settings):
         reported = places(self.trial)
         for field in ("objectives", "constraints"):
             for name in getattr(self, field):
+                if name.partition(".")[0] in self.trial:
+                    continue  # KIND.KEY: what its result holds shows when it is there
                 metric = METRICS.get(name)
                 if metric is None:
                     yield (field, name), f"unknown metric: {suggest(name, list(METRICS))}"
