@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,6 +110,24 @@ def test_it_says_what_the_torch_engine_says(
     assert effective["pool_bytes"] // effective["blocks"] == demand.block_bytes
     most = effective["blocks"] / demand.most_blocks(TOKENS)
     assert capacity["requests"] == pytest.approx(most, rel=0.05)
+
+
+def test_the_other_model_runner_says_the_same(served: Callable[..., Path], tmp_path: Path) -> None:
+    """V2 is vLLM's own choice on a GPU; here in a process of its own, its kernels interpreted."""
+    names, asked, wanted = ("full", "sharing_upward", "squeeze", "block_h2o"), prompts(), []
+    for name in names:
+        method, apply = SERVED[name]
+        export.write(served(method), resolve(apply).to_dict(), tmp_path / name)
+        wanted.append({"runner": "V2", "ids": list(map(list, alone(served(method), apply, asked)))})
+    engine = {"pool": POOL, "tokens": TOKENS, "requests": 3, "options": {"dtype": "float32"}}
+    folders = [str(tmp_path / name) for name in names]
+    task = {"folders": folders, "engine": engine, "prompts": asked, "new": NEW}
+    script = Path(__file__).with_name("runner_v2.py")
+    ran = subprocess.run(
+        [sys.executable, script, json.dumps(task)], capture_output=True, text=True, timeout=240
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert [json.loads(line) for line in ran.stdout.splitlines()] == wanted
 
 
 @pytest.mark.parametrize(
