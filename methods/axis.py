@@ -90,7 +90,8 @@ class Value:
             or those of a window; "slots", those that a ranking leaves. None: it cannot.
         observes_all: eviction and budget: what stays depends on every row of every layer of a
             prompt, so that no early exit leaves rows out.
-        sources: packages whose files decide the result (part of a job's identity).
+        sources: packages and modules whose files decide the result (part of a job's identity); of
+            the cache's, as in `kvlab.methods.cache.sources`.
     """
 
     axis: AxisName
