@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from kvlab import KvlabError
 from kvlab.platform.graph import Cell
 from kvlab.platform.jobs.kind import Parent
-from kvlab.platform.jobs.search.settings import space_of
 from kvlab.platform.search.broker import Broker
+from kvlab.platform.search.described import space_of
 from kvlab.platform.search.outcome import Done, Measured, excess, limit_text, measured
 from kvlab.platform.search.rows import Row
 from kvlab.platform.search.space import Space

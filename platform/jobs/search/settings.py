@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,11 +17,10 @@ from kvlab.platform.jobs import IMPLICIT, KINDS
 from kvlab.platform.jobs.field import Path, nested, suggest, wrong
 from kvlab.platform.jobs.kind import Kind, Prediction, Settings, Surroundings
 from kvlab.platform.jobs.reference import OWN, One
-from kvlab.platform.search.ranges import declared, parse, searchable
+from kvlab.platform.search.described import dimensions, samples, written_of
 from kvlab.platform.search.samplers import SAMPLERS, check
-from kvlab.platform.search.space import Dimension, Space
+from kvlab.platform.search.space import Space
 from kvlab.platform.search.trials import BASELINE, Trials, ordered
-from kvlab.platform.search.values import METHODS, method_names, named, of_field, values_of
 
 if TYPE_CHECKING:
     from kvlab.platform.jobs.kind import Parent, References
@@ -140,6 +138,15 @@ class SearchSettings(Settings):
                 if isinstance(value, tuple) and len(value) != 1:
                     path = ("trial", kind, role)
                     problems.append((path, "must name one job: a trial measures one model"))
+        try:
+            if not dimensions(self.trial.raw, self.space):
+                said = "is empty: no method of the trial declares a range, so name some"
+                problems.append((("space",), said))
+        except KvlabError as error:
+            where, _, said = str(error).partition(": ")
+            problems.append(
+                (("space", where) if isinstance(self.space, dict) else ("space",), said)
+            )
         if problems:
             raise nested(problems)
         return self
@@ -206,7 +213,7 @@ class Search(Kind):
         assert isinstance(settings, SearchSettings)
         return {
             "trial": settings.trial.raw,
-            "space": [_written(one) for one in dimensions(settings)],
+            "space": [written_of(one) for one in dimensions(settings.trial.raw, settings.space)],
             "objectives": dict(settings.objectives),
             "constraints": [_limit(name, text) for name, text in settings.constraints.items()],
             "trials": settings.trials,
@@ -220,15 +227,7 @@ class Search(Kind):
 
     def check(self, settings: Settings, around: Surroundings) -> Iterable[tuple[str, str]]:
         assert isinstance(settings, SearchSettings)
-        try:
-            found = dimensions(settings)
-        except KvlabError as error:
-            yield "space", str(error)
-            return
-        if not found:
-            yield "space", "is empty: no method of the trial declares a range, so name some"
-            return
-        space = Space(found)
+        space = Space(dimensions(settings.trial.raw, settings.space))
         try:
             check(settings.sampler, space, len(settings.objectives))
         except KvlabError as error:
@@ -236,7 +235,7 @@ class Search(Kind):
             return
         trials = Trials("", self.resolve(settings, around), _outside(around))
         problem = trials.problem({})
-        if problem is not None and all(trials.problem(one) for one in _samples(space)):
+        if problem is not None and all(trials.problem(one) for one in samples(space)):
             yield "trial", problem
 
     def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
@@ -247,54 +246,6 @@ class Search(Kind):
 
     def predict(self, spec: Mapping[str, Any], parents: Mapping[str, Parent]) -> Prediction:
         return Prediction()
-
-
-def dimensions(settings: SearchSettings) -> list[Dimension]:
-    """Return what a search varies; conditions come from lists of methods.
-
-    Raises:
-        KvlabError: a line that begins with the path below `space`.
-    """
-    trial, written = settings.trial.raw, settings.space
-    if written == "auto":
-        written = {
-            f"{name}.{param}": None
-            for name in method_names(trial)
-            if values_of(name)
-            for param in _automatic(name, trial)
-        }
-    found = []
-    for path, given in sorted(written.items(), key=lambda one: not of_field(str(one[0]), trial)):
-        head, _, param = str(path).partition(".")
-        if of_field(path, trial):
-            if not param:
-                raise KvlabError(f"{path}: must name a field of {head}, such as {head}.seed")
-            found.append(parse(path, given))
-            continue
-        if not values_of(head):
-            known = [*trial, *method_names(trial)]
-            raise KvlabError(f"{path}: must begin with one of {', '.join(known)}")
-        dimension = parse(path, given, declared(head, param) if param in searchable(head) else None)
-        found.append(_conditioned(dimension, head, found, trial))
-    return found
-
-
-def space_of(spec: Mapping[str, Any]) -> list[Dimension]:
-    """Return the dimensions of a resolved search."""
-    found = []
-    for raw in spec["space"]:
-        when = raw["when"]
-        choices = tuple(raw["choices"])
-        when = None if when is None else (when[0], frozenset(when[1]))
-        found.append(Dimension(**{**raw, "choices": choices, "when": when}))
-    return found
-
-
-def _written(dimension: Dimension) -> dict[str, Any]:
-    found = asdict(dimension)
-    if dimension.when is not None:
-        found["when"] = [dimension.when[0], sorted(dimension.when[1])]
-    return {**found, "choices": list(dimension.choices)}
 
 
 def places(trial: Mapping[str, Settings]) -> set[str]:
@@ -308,58 +259,6 @@ def places(trial: Mapping[str, Settings]) -> set[str]:
         if KINDS[kind].produces_model:
             found.add("training")
     return {place for place in found if place is not None}
-
-
-def _conditioned(
-    dimension: Dimension, name: str, before: list[Dimension], trial: Mapping[str, Any]
-) -> Dimension:
-    """Let a parameter exist only where its method is chosen."""
-    for other in before:
-        if other.kind != "categorical" or other.path.rpartition(".")[2] not in METHODS:
-            continue
-        having = frozenset(i for i, choice in enumerate(other.choices) if name in named(choice))
-        if having and len(having) < len(other.choices):
-            from dataclasses import replace
-
-            return replace(dimension, when=(other.path, having))
-        if having:
-            return dimension
-    if name not in method_names(trial):
-        raise KvlabError(
-            f"{dimension.path}: no method of the trial names '{name}': write it there, such as "
-            f"apply: {{{name}: {{}}}}"
-        )
-    return dimension
-
-
-def _automatic(name: str, trial: Mapping[str, Any]) -> Iterator[str]:
-    """Parameters that `space: auto` varies: numbers that the YAML leaves at a default."""
-    fixed = {
-        key
-        for raw in trial.values()
-        for field in METHODS
-        if isinstance(method := (raw or {}).get(field), Mapping)
-        for key in (method.get(name) or {})
-    }
-    from kvlab.methods.registry import REGISTRY
-
-    params = REGISTRY.find(name).params()  # type: ignore[union-attr]
-    for param in searchable(name):
-        default = getattr(params, param)
-        is_number = isinstance(default, int | float) and not isinstance(default, bool)
-        if param not in fixed and is_number:
-            yield param
-
-
-def _samples(space: Space) -> Iterator[dict[str, Any]]:
-    """A few points of a space, to see whether any of them can be."""
-    from itertools import islice, product
-
-    ends = [
-        [(one, value) for value in (one.choices or (one.low, one.high))] for one in space.dimensions
-    ]
-    for chosen in islice(product(*ends), 64):
-        yield space.admit({dimension.path: value for dimension, value in chosen})
 
 
 def _roles() -> Iterator[tuple[str, str, str | None]]:
