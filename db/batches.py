@@ -39,6 +39,26 @@ class Batch:
         """Add jobs to the workflow as `Store.create_workflow` does; return their numbers."""
         return self._pending.add(jobs)
 
+    def resolve(
+        self,
+        job_id: int,
+        spec: Mapping[str, Any],
+        parents: Mapping[str, str],
+        identity: str,
+        parts: Mapping[str, str],
+    ) -> None:
+        """Say what a job is that had to wait for another's result to be told."""
+        self._pending.connection.execute(
+            update(JOBS)
+            .where(JOBS.c.id == job_id, JOBS.c.workflow_id == self._pending.workflow_id)
+            .values(
+                spec=dump(dict(spec)),
+                parents=dump(dict(parents)),
+                identity=clean(identity),
+                parts=dump(dict(parts)),
+            )
+        )
+
     def start(self, job_id: int, worker: str) -> int:
         """Begin the job's next attempt (QUEUED -> RUNNING) and return its number, from 1."""
         head = self._pending.head(job_id)

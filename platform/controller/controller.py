@@ -32,7 +32,7 @@ from kvlab.platform.controller.pool import Pool
 from kvlab.platform.controller.schedule import Schedule
 from kvlab.platform.controller.slots import check_fit
 from kvlab.platform.controller.snapshot import RunningJob, Snapshot
-from kvlab.platform.controller.studies import Studies
+from kvlab.platform.controller.studies import KIND, Studies
 from kvlab.platform.graph import Resources
 from kvlab.platform.home import Home
 from kvlab.platform.record import fault
@@ -213,6 +213,8 @@ class Controller:
             job, 0, JobState.DONE, ended_at=now, result=found.result, reused_from=found.job_id
         )
         attempts.moved(self._schedule.reuse(job))
+        if self._jobs[job].kind == KIND and self._studies is not None:
+            self._studies.reused(job, found.result)
 
     def _tick(self, attempts: Attempts, studies: Studies, messages: list[Message]) -> None:
         """Hear, decide, store, act."""

@@ -13,6 +13,7 @@ from kvlab.platform.controller.slots import Slot
 from kvlab.platform.controller.snapshot import Change
 from kvlab.platform.graph import Cell, Resources
 from kvlab.platform.jobs import KINDS
+from kvlab.platform.jobs.kind import Parent
 from kvlab.platform.search.outcome import Done
 from kvlab.platform.worker.message import Assignment
 
@@ -63,6 +64,19 @@ class Jobs:
         for row in rows:
             self.rows[row.id] = row
             self._ids[row.name] = row.id
+
+    def resolved(self, row: JobRow) -> None:
+        """Take over what a job is, now that it is known."""
+        self.rows[row.id] = row
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._ids
+
+    def as_parent(self, name: str) -> Parent:
+        """A job as those that build on it see it when they are resolved."""
+        row = self.named(name)
+        above = {role: self.as_parent(parent) for role, parent in row.parents.items()}
+        return Parent(name, row.kind, row.spec, above)
 
     def named(self, name: str) -> JobRow:
         """The job of that name."""

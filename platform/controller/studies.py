@@ -7,7 +7,7 @@ they try. What became of a trial is an event too, so a study is rebuilt from its
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,12 @@ from kvlab.platform.controller.attempts import Attempts
 from kvlab.platform.controller.jobs import Jobs, new_job, usable
 from kvlab.platform.controller.ledger import Ledger
 from kvlab.platform.controller.schedule import Schedule
+from kvlab.platform.controller.winners import pass_on, winner
 from kvlab.platform.graph import Cell
-from kvlab.platform.jobs.kind import Parent
 
 if TYPE_CHECKING:
     from kvlab.platform.search.study import Data, Study, StudyView
+    from kvlab.platform.search.trials import Trials
 
 TRIAL, KIND = "trial", "search"
 """The kind of a trial's events, and of the job that they belong to."""
@@ -106,6 +107,27 @@ class Studies:
             except KvlabError as error:
                 self._leave(active, Cause.USER_ERROR, now, str(error))
 
+    def reused(self, job: int, result: Mapping[str, Any]) -> None:
+        """A study is done with another workflow's result: its winner's jobs join this one."""
+        row = self._jobs[job]
+        trials = self._trials(row)
+        model, values = winner(result, row.spec["arms"][0], trials)
+        if model.name in self._jobs:
+            pass_on(row, trials, result, self._jobs, self._ledger)
+            return
+        ids: list[int] = []
+        cells = trials.cells(result["best"], values)
+
+        def write(batch: Batch) -> None:
+            ids[:] = batch.add([new_job(cell) for cell in cells])
+
+        def joined() -> None:
+            self._joined(ids, cells)
+            pass_on(row, trials, result, self._jobs, self._ledger)
+
+        self._ledger.row(write)
+        self._ledger.then(joined)
+
     def due(self, now: float) -> float | None:
         """When the next `tick` may have something to do that no message announces."""
         return now + LOOK_SECONDS if self._active else None
@@ -130,30 +152,26 @@ class Studies:
         attempt, row = self._schedule.started(job, now), self._jobs[job]
         self._ledger.row(lambda batch: batch.start(job, WORKER), job, "start")
         self._jobs.note(job, attempt, JobState.RUNNING, started_at=now, ended_at=None)
-        names = {name for arm in row.spec["arms"] for name in arm["parents"].values()}
-        names |= set(row.parents.values())
         past = self._past.setdefault(job, {})
-        study = Study(
-            row.name,
-            row.spec,
-            {name: self._parent(name) for name in names},
-            {name: self._jobs.named(name).identity for name in names},
-            past,
-        )
+        study = Study(row.spec, self._trials(row), past)
         active = self._active[job] = Active(row, attempt, study)
         for number, data in past.items():
             if data["state"] == "running":
                 active.running[number] = list(self._of_trial(row.name, number))
 
+    def _trials(self, row: JobRow) -> Trials:
+        from kvlab.platform.search.trials import Trials
+
+        names = {name for arm in row.spec["arms"] for name in arm["parents"].values()}
+        names |= set(row.parents.values())
+        outside = {name: self._jobs.as_parent(name) for name in names}
+        identities = {name: self._jobs.named(name).identity for name in names}
+        return Trials(row.name, row.spec, outside, identities)
+
     def _of_trial(self, study: str, number: str) -> Iterator[int]:
         for row in self._jobs.rows.values():
             if row.job.rpartition("/")[0] == f"{study}/{number}":
                 yield row.id
-
-    def _parent(self, name: str) -> Parent:
-        row = self._jobs.named(name)
-        above = {role: self._parent(parent) for role, parent in row.parents.items()}
-        return Parent(name, row.kind, row.spec, above)
 
     def _advance(self, active: Active, now: float) -> None:
         study = active.study
@@ -165,7 +183,9 @@ class Studies:
         while (trial := study.next(set(active.running))) is not None:
             self._run(active, trial.number, trial.cells, trial.data)
         if not active.running and study.over:
-            self._leave(active, Cause.DONE, now, None, study.result())
+            result = study.result()
+            pass_on(active.row, study.trials, result, self._jobs, self._ledger)
+            self._leave(active, Cause.DONE, now, None, result)
 
     def _judge(self, active: Active, number: str) -> None:
         jobs = active.running[number]
@@ -199,6 +219,10 @@ class Studies:
 
     def _added(self, active: Active, ids: Sequence[int], cells: Sequence[Cell]) -> None:
         active.adding -= 1
+        self._joined(ids, cells)
+
+    def _joined(self, ids: Sequence[int], cells: Sequence[Cell]) -> None:
+        """Jobs were stored: take them in, and reuse what others did."""
         rows = [fresh(job, new_job(cell)) for job, cell in zip(ids, cells, strict=True)]
         self._jobs.add(rows)
         states = {row.id: row.state for row in rows}

@@ -110,6 +110,10 @@ class Kind(ABC):
         """Yield (path inside the settings, problem) for what types cannot say."""
         return ()
 
+    def stand_in(self, name: str, spec: Mapping[str, Any], parents: Mapping[str, Parent]) -> Parent:
+        """Return a model such as an inline job may find, under the name of its cell."""
+        raise NotImplementedError(f"{self.name} finds no model")
+
     @abstractmethod
     def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
         """Packages and modules whose source files decide the result."""

@@ -10,16 +10,26 @@ from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
 from kvlab.platform.jobs.field import Path, nested, suggest, wrong
 
+BEST = ".best"
+"""Ends a reference to a search's winner."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reference:
     """A YAML job, or those of its cells whose axes have the values in `where`.
 
-    An axis named in `where` is pinned: it no longer joins with the referring job's.
+    An axis named in `where` is pinned: it no longer joins with the referring job's. `best`: what
+    is meant is the winner of the search of that name, written `NAME.best`.
     """
 
     job: str
     where: Mapping[str, Any] = field(default_factory=dict)
+    best: bool = False
+
+    @property
+    def text(self) -> str:
+        """The name as it is written."""
+        return self.job + (BEST if self.best else "")
 
 
 OWN = "."
@@ -31,7 +41,7 @@ def parse_one(written: Any) -> Reference:
     if isinstance(written, Reference):
         return written
     if isinstance(written, str):
-        return Reference(written)
+        return _named(written, {})
     if not isinstance(written, Mapping):
         raise wrong("must be a job's name, or {job: NAME, where: {AXIS: VALUE}}")
     problems: list[tuple[Path, str]] = [
@@ -46,7 +56,12 @@ def parse_one(written: Any) -> Reference:
         problems.append((("where",), "must map axes to values, such as {seed: 0}"))
     if problems:
         raise nested(problems)
-    return Reference(written["job"], dict(where))
+    return _named(written["job"], dict(where))
+
+
+def _named(name: str, where: dict[str, Any]) -> Reference:
+    job = name.removesuffix(BEST)
+    return Reference(job, where, best=job != name)
 
 
 def parse_many(written: Any) -> tuple[Reference, ...]:
@@ -75,12 +90,12 @@ _ONE: dict[str, Any] = {
 One = Annotated[
     Reference,
     BeforeValidator(parse_one),
-    PlainSerializer(lambda one: {"job": one.job, "where": dict(one.where)}),
+    PlainSerializer(lambda one: {"job": one.text, "where": dict(one.where)}),
     WithJsonSchema(_ONE),
 ]
 Many = Annotated[
     tuple[Reference, ...],
     BeforeValidator(parse_many),
-    PlainSerializer(lambda many: [{"job": one.job, "where": dict(one.where)} for one in many]),
+    PlainSerializer(lambda many: [{"job": one.text, "where": dict(one.where)} for one in many]),
     WithJsonSchema({"anyOf": [_ONE, {"type": "array", "items": _ONE, "minItems": 1}]}),
 ]

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from kvlab import KvlabError
 from kvlab.platform.graph import Cell
-from kvlab.platform.jobs.kind import Parent
 from kvlab.platform.search.broker import Broker
 from kvlab.platform.search.described import space_of
 from kvlab.platform.search.outcome import Done, Measured, excess, limit_text, measured
@@ -45,32 +44,23 @@ class StudyView:
 
 class Study:
     """Args:
-    name: of its cell. spec: see `Search.resolve`.
-    outside: every cell that trials build on, by name. identities: theirs.
+    spec: see `Search.resolve`. trials: makes its trials' jobs.
     past: what is stored of its trials, by number.
     """
 
-    def __init__(
-        self,
-        name: str,
-        spec: Mapping[str, Any],
-        outside: Mapping[str, Parent],
-        identities: Mapping[str, str],
-        past: Mapping[str, Data],
-    ) -> None:
-        self.name, self.spec = name, spec
-        self._trials = Trials(name, spec, outside, dict(identities))
+    def __init__(self, spec: Mapping[str, Any], trials: Trials, past: Mapping[str, Data]) -> None:
+        self.spec, self.trials = spec, trials
         self._limits = {limit_text(limit): limit for limit in spec["constraints"]}
         metrics = (*spec["objectives"], *(limit["metric"] for limit in spec["constraints"]))
         self._metrics = list(dict.fromkeys(metrics))
         self._told = {number: dict(data) for number, data in past.items()}
-        self._base: Mapping[str, Measured] | None = None if self._trials.has_baseline else {}
+        self._base: Mapping[str, Measured] | None = None if self.trials.has_baseline else {}
         base = self._told.pop(BASELINE, None)
         self._base_begun = base is not None
         if base is not None and base["state"] == "complete":
             self._base = {metric: Measured(**one) for metric, one in base["measured"].items()}
         self._broker = Broker(
-            Space(space_of(spec), self._trials.problem),
+            Space(space_of(spec), self.trials.problem),
             spec["objectives"],
             spec["trials"],
             sampler=spec["sampler"],
@@ -93,14 +83,14 @@ class Study:
         if self._base is None and not self._base_begun:
             self._base_begun = True
             data = {"number": BASELINE, "state": "running", "measured": {}}
-            return Try(BASELINE, self._trials.baseline(), data)
+            return Try(BASELINE, self.trials.baseline(), data)
         while len(running) < self.spec["parallel"] and self._broker.ready:
             point = self._broker.ask()
             if point is None:
                 return None
             if str(point.number) in running:  # its jobs go on by themselves
                 continue
-            cells = self._trials.cells(point.number, point.values)
+            cells = self.trials.cells(point.number, point.values)
             return Try(str(point.number), cells, self._store(point.number))
         return None
 
@@ -165,7 +155,7 @@ class Study:
         if not any(data["state"] == "complete" for data in rows):
             why = next((data["message"] for data in rows if data.get("message")), "none was begun")
             raise KvlabError(f"no trial was completed: {why}")
-        best = self._broker.best() if len(self.spec["objectives"]) == 1 else None
+        best = self._broker.best()
         return {
             "trials": rows,
             "baseline": {name: one.to_dict() for name, one in (self._base or {}).items()},
@@ -189,7 +179,7 @@ class Study:
         best = None if several else self._broker.best()
         leading = self._broker.front() if several else [best] if best is not None else []
         return StudyView(
-            self.name,
+            self.trials.name,
             Counter(row.state for row in rows if row.source != "repeat"),
             self.spec["trials"],
             tuple(f"{_words(row.objectives, row.values)} (trial {row.number})" for row in leading),

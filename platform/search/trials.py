@@ -13,7 +13,7 @@ from kvlab.platform.graph import Cell
 from kvlab.platform.jobs import IMPLICIT, KINDS
 from kvlab.platform.jobs.kind import Parent, Surroundings
 from kvlab.platform.jobs.reference import OWN
-from kvlab.platform.search.values import placed
+from kvlab.platform.search.values import METHODS, placed
 from kvlab.platform.spec.contents import Contents
 from kvlab.platform.spec.identity import code_digest, identify
 from kvlab.platform.spec.machine import describe
@@ -40,7 +40,7 @@ class Trials:
         identities: dict[str, str] | None = None,
         contents: Any = None,
     ) -> None:
-        self._name, self._spec, self._outside = name, spec, outside
+        self.name, self._spec, self._outside = name, spec, outside
         self._identities = identities
         data = dict(spec["data"])
         self._data = {**data, "contents": contents or Contents(None, write=False)}
@@ -62,6 +62,27 @@ class Trials:
             KvlabError: there can be no such trial.
         """
         return self._made(str(number), placed(self._spec["trial"], values), self._spec["arms"])
+
+    def model(self, number: str, values: Mapping[str, Any], arm: Mapping[str, Any]) -> Parent:
+        """The model that a trial is about: one that it makes, or the one that it names."""
+        made: dict[str, Parent] = {}
+        trial = placed(self._spec["trial"], values)
+        for kind in ordered(trial):
+            self._cell(number, kind, trial[kind], arm, made, checked=False)
+        makers = [kind for kind in made if KINDS[kind].produces_model]
+        if makers:
+            return made[makers[-1]]
+        named = next(name for role, name in arm["parents"].items() if role.endswith(".of"))
+        return self._outside[named]
+
+    def methods(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The `method` and the `apply` that a trial's last jobs with one have."""
+        trial = placed(self._spec["trial"], values)
+        found = {}
+        for field in METHODS:
+            written = [trial[kind][field] for kind in ordered(trial) if field in trial[kind]]
+            found |= {field: written[-1]} if written else {}
+        return found
 
     @property
     def has_baseline(self) -> bool:
@@ -128,7 +149,7 @@ class Trials:
             for path, message in kind.check(settings, around):
                 raise KvlabError(f"{name}.{path}: {message}")
         spec = kind.resolve(settings, around)
-        job = f"{self._name}/{trial}/{name}"
+        job = f"{self.name}/{trial}/{name}"
         cell = f"{job}[seed={seed}]"
         made[name] = Parent(cell, name, spec, parents)
         identity, parts = self._identify(name, spec, parents)

@@ -12,7 +12,7 @@ from kvlab.platform.graph import Resources
 from kvlab.platform.jobs import KINDS
 from kvlab.platform.jobs.field import Path
 from kvlab.platform.jobs.kind import Kind, Settings
-from kvlab.platform.jobs.reference import OWN, Reference
+from kvlab.platform.jobs.reference import BEST, OWN, Reference
 from kvlab.platform.spec.matrix import Combination, Unreachable, combinations
 from kvlab.platform.spec.problems import from_pydantic
 from kvlab.platform.spec.settings import ResourcesSettings, resources_of
@@ -49,7 +49,7 @@ def _variant(workflow: Workflow, job: JobEntry, combination: Combination) -> Var
     kind = KINDS[job.kind]
     sound = True
     try:
-        settings = kind.settings.model_validate(combination.raw)
+        settings = kind.settings.model_validate(_as_found(workflow, kind, combination.raw))
     except ValidationError as error:
         sound = False
         for path, message in from_pydantic(error, combination.raw, kind.settings):
@@ -71,6 +71,19 @@ def _variant(workflow: Workflow, job: JobEntry, combination: Combination) -> Var
         workflow.blame(path, f"{job.kind} runs as one worker, found {resources.workers}")
         return None
     return Variant(combination, settings, references_of(kind, settings), resources)
+
+
+def _as_found(workflow: Workflow, kind: Kind, raw: dict[str, Any]) -> dict[str, Any]:
+    """A job that goes on from a search's winner has its method, where it says none."""
+    column = kind.settings.model_fields.get("method")
+    source = raw.get("from")
+    if column is None or "method" in raw or not isinstance(source, str):
+        return raw
+    found = workflow.jobs.get(source.removesuffix(BEST))
+    if found is None or not source.endswith(BEST) or not isinstance(found.raw.get("trial"), dict):
+        return raw
+    methods = [job["method"] for job in found.raw["trial"].values() if "method" in (job or {})]
+    return {**raw, "method": methods[-1]} if methods else raw
 
 
 def written_at(job: JobEntry, combination: Combination, below: Path) -> Path:

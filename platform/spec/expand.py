@@ -13,6 +13,7 @@ from kvlab.platform.jobs import IMPLICIT, KINDS
 from kvlab.platform.jobs.kind import Parent, Settings, Surroundings
 from kvlab.platform.jobs.model import model_key
 from kvlab.platform.spec.combine import Variant, reference_places, variants, written_at
+from kvlab.platform.spec.deferred import DEFERRED, deferred
 from kvlab.platform.spec.join import (
     SEED,
     Joined,
@@ -73,6 +74,8 @@ class Expansion:
         self.drafts: dict[str, list[Draft]] = {}
         self.implicit: Parent | None = None
         self.parents: dict[str, Parent] = {}
+        self._stand_ins: dict[str, Parent] = {}
+        self._deferred: set[str] = set()
         self._variants: dict[str, list[Variant]] = {}
         self._points: dict[str, list[Point]] = {}
         self._numbers: dict[str, int] = {}
@@ -125,7 +128,7 @@ class Expansion:
             return True
         return any(
             name in self.workflow.broken or name not in self.drafts
-            for name, _, _ in named(job, self._variants)
+            for name, *_ in named(job, self._variants)
         )
 
     def _add_data(self) -> None:
@@ -167,7 +170,11 @@ class Expansion:
             drafts = _alternating(drafts)
         if self._add_needs(job, drafts) and self._resolve(job, drafts):
             self.drafts[job.name] = drafts
-            self._points[job.name] = [Point(draft.name, draft.axes) for draft in drafts]
+            self._points[job.name] = [
+                Point(draft.name, {**draft.axes, SEED: arm["seed"]} if arm else draft.axes)
+                for draft in drafts
+                for arm in draft.arms or [None]
+            ]
 
     def _joined(self, job: JobEntry, variant: Variant) -> list[Draft]:
         listed = KINDS[job.kind].references
@@ -269,7 +276,7 @@ class Expansion:
         checked: set[int] = set()
         sound = True
         for draft in drafts:
-            parents = {role: self.parents[name] for role, name in draft.parents.items()}
+            parents = {role: self._standing(name) for role, name in draft.parents.items()}
             around = Surroundings(
                 draft.axes[SEED], self.model, self.data, parents, siblings, draft.resources
             )
@@ -281,11 +288,25 @@ class Expansion:
                 draft.spec = kind.resolve(draft.settings, around)
                 if draft.arms:
                     draft.spec["arms"] = draft.arms
+                    self._stand_ins[draft.name] = kind.stand_in(draft.name, draft.spec, parents)
+                if self._waits(draft, siblings):
+                    self._deferred.add(draft.name)
+                    draft.needs = tuple(dict.fromkeys((*draft.needs, *self._stand_ins)))
+                    draft.spec[DEFERRED] = deferred(draft.variant.combination.raw, around)
             except KvlabError as error:
                 self.workflow.blame((*job.path, job.kind), str(error))
                 return False
             self.parents[draft.name] = Parent(draft.name, job.kind, draft.spec, parents)
         return sound
+
+    def _standing(self, name: str) -> Parent:
+        """A parent as a child sees it: of a search a model such as it may find."""
+        return self._stand_ins.get(name) or self.parents[name]
+
+    def _waits(self, draft: Draft, siblings: Mapping[str, Sequence[Parent]]) -> bool:
+        """Whether what a cell is shows only once a search has found its winner."""
+        above = {*draft.parents.values(), *(one.name for all_ in siblings.values() for one in all_)}
+        return bool(above & (self._stand_ins.keys() | self._deferred))
 
     def _point(self, draft: Draft) -> int:
         """A number that cells share when they, and all above them, differ in seeds alone."""
@@ -307,7 +328,7 @@ class Expansion:
         seen: set[tuple[str, str]] = set()
         for draft in drafts:
             for role, name in draft.parents.items():
-                parent = self.parents[name]
+                parent = self._standing(name)
                 if KINDS[parent.kind].produces_model and (role, name) not in seen:
                     seen.add((role, name))
                     distinct.setdefault(role, {}).setdefault(model_key(parent), parent)

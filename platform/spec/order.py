@@ -23,6 +23,7 @@ class Named(NamedTuple):
     name: str
     place: Path
     role: str | None
+    best: bool = False
 
 
 def named(job: JobEntry, variants: Variants) -> Iterator[Named]:
@@ -30,7 +31,7 @@ def named(job: JobEntry, variants: Variants) -> Iterator[Named]:
     for variant in variants.get(job.name, ()):
         for role in variant.references:
             for reference, place in reference_places(job, variant, role):
-                yield Named(reference.job, place, role)
+                yield Named(reference.job, place, role, reference.best)
     for index, name in enumerate(job.common.needs):
         yield Named(name, (*job.path, "needs", index), None)
 
@@ -46,14 +47,14 @@ def order(workflow: Workflow, variants: Variants) -> list[str]:
     places: dict[tuple[str, str], Path] = {}
     for job in workflow.jobs.values():
         sorter.add(job.name)
-        for name, place, role in named(job, variants):
+        for name, place, role, best in named(job, variants):
             if name not in written:
                 workflow.blame(place, f"unknown job '{name}': {suggest(name, list(written))}")
                 continue
             target = workflow.jobs.get(name)
             if target is None:
                 continue
-            if role is not None and (problem := _misnamed(workflow, target, job, role)):
+            if role is not None and (problem := _misnamed(workflow, target, job, role, best)):
                 workflow.blame(place, problem)
             sorter.add(job.name, name)
             places.setdefault((job.name, name), place)
@@ -72,9 +73,17 @@ def _from_first(circle: Sequence[str], written: Sequence[str]) -> list[str]:
     return [*circle[start:], *circle[:start]]
 
 
-def _misnamed(workflow: Workflow, target: JobEntry, job: JobEntry, role: str) -> str | None:
+def _misnamed(
+    workflow: Workflow, target: JobEntry, job: JobEntry, role: str, best: bool
+) -> str | None:
     """What is wrong with a job in this role, if anything."""
     wanted = KINDS[job.kind].reference_kinds.get(role)
+    searches = KINDS[target.kind].inline
+    if best and not searches:
+        return f"'{target.name}' is of kind {target.kind}: only a search has a best"
+    if searches and wanted is None:
+        winner = f"{target.name}.best"
+        return None if best else f"'{target.name}' is a search: name its winner, {winner}"
     if wanted is None and KINDS[target.kind].produces_model:
         return None
     if wanted == target.kind:

@@ -15,15 +15,15 @@ from kvlab import KvlabError
 from kvlab.platform.compare.metrics import METRICS
 from kvlab.platform.jobs import IMPLICIT, KINDS
 from kvlab.platform.jobs.field import Path, nested, suggest, wrong
-from kvlab.platform.jobs.kind import Kind, Prediction, Settings, Surroundings
+from kvlab.platform.jobs.kind import Kind, Parent, Prediction, Settings, Surroundings
 from kvlab.platform.jobs.reference import OWN, One
-from kvlab.platform.search.described import dimensions, samples, written_of
+from kvlab.platform.search.described import dimensions, samples, space_of, written_of
 from kvlab.platform.search.samplers import SAMPLERS, check
 from kvlab.platform.search.space import Space
 from kvlab.platform.search.trials import BASELINE, Trials, ordered
 
 if TYPE_CHECKING:
-    from kvlab.platform.jobs.kind import Parent, References
+    from kvlab.platform.jobs.kind import References
 
 Direction = Literal["minimize", "maximize"]
 BOUND = re.compile(r"\s*(<=|>=)\s*([-+0-9.eE]+)\s*(?:\*\s*([A-Za-z_][\w-]*))?\s*")
@@ -237,6 +237,14 @@ class Search(Kind):
         problem = trials.problem({})
         if problem is not None and all(trials.problem(one) for one in samples(space)):
             yield "trial", problem
+
+    def stand_in(self, name: str, spec: Mapping[str, Any], parents: Mapping[str, Parent]) -> Parent:
+        trials = Trials("", spec, {parent.name: parent for parent in parents.values()})
+        space = Space(space_of(spec))
+        points = ({}, *samples(space))
+        values = next((one for one in points if trials.problem(one) is None), {})
+        model = trials.model("", values, spec["arms"][0])
+        return Parent(name, model.kind, model.spec, model.parents)
 
     def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
         return ("kvlab.platform.search", "kvlab.platform.jobs.search")
