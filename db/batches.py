@@ -10,7 +10,7 @@ from sqlalchemy import update
 from kvlab.db import points
 from kvlab.db.errors import IllegalMove
 from kvlab.db.pending import Head, Pending
-from kvlab.db.rows import FinishedJob
+from kvlab.db.rows import FinishedJob, NewJob
 from kvlab.db.states import MOVES, REUSABLE, Cause, JobState
 from kvlab.db.tables import JOBS
 from kvlab.db.text import clean, dump
@@ -34,6 +34,10 @@ class Batch:
     def expect(self, job_ids: Sequence[int]) -> None:
         """Say which jobs the batch is about, so that they are read together. Optional."""
         self._pending.read(job_ids)
+
+    def add(self, jobs: Sequence[NewJob]) -> list[int]:
+        """Add jobs to the workflow as `Store.create_workflow` does; return their numbers."""
+        return self._pending.add(jobs)
 
     def start(self, job_id: int, worker: str) -> int:
         """Begin the job's next attempt (QUEUED -> RUNNING) and return its number, from 1."""

@@ -13,8 +13,10 @@ from typing import Any
 from sqlalchemy import Connection, bindparam, delete, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
+from kvlab.db.rows import NewJob, first_state
 from kvlab.db.states import JobState
 from kvlab.db.tables import ARTIFACTS, ATTEMPTS, EVENTS, JOBS
+from kvlab.db.text import clean, dump
 
 _J, _A, _R = JOBS.c, ATTEMPTS.c, ARTIFACTS.c
 _CHANGING = ("state", "attempt", "cause", "message", "started_at", "ended_at", "reused_from")
@@ -106,6 +108,15 @@ class Pending:
             self.heads[job_id] = Head(number, JobState(state), *rest)
         return self.heads[job_id]
 
+    def add(self, jobs: Sequence[NewJob]) -> list[int]:
+        """Store new jobs of the workflow at once, and return their numbers."""
+        return [
+            self.connection.execute(
+                insert(JOBS).values(new_row(self.workflow_id, job)).returning(_J.id)
+            ).scalar_one()
+            for job in jobs
+        ]
+
     def open_attempt(self, job_id: int, number: int, worker: str) -> None:
         self.opened[job_id, number] = {
             "job_id": job_id,
@@ -179,3 +190,25 @@ class Pending:
             send(_KEEP[self.connection.dialect.name], list(self.artifacts.values()))
         if self.events:
             send(insert(EVENTS), self.events)
+
+
+def new_row(workflow_id: int, job: NewJob) -> dict[str, Any]:
+    """The columns of a job that nothing happened to yet."""
+    return {
+        "workflow_id": workflow_id,
+        "name": clean(job.name),
+        "job": clean(job.job),
+        "kind": clean(job.kind),
+        "state": first_state(job).value,
+        "attempt": 0,
+        "reusable": False,
+        "identity": clean(job.identity),
+        "axes": dump(dict(job.axes)),
+        "parents": dump(dict(job.parents)),
+        "needs": dump(list(job.needs)),
+        "parts": dump(dict(job.parts)),
+        "resources": dump(dict(job.resources)),
+        "retries": dump(dict(job.retries)),
+        "timeout": job.timeout,
+        "spec": dump(dict(job.spec)),
+    }

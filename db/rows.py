@@ -132,6 +132,43 @@ class JobRow:
     attempts: tuple[AttemptRow, ...]
 
 
+def first_state(job: NewJob) -> JobState:
+    """Where a job begins: it waits for those that it builds on."""
+    return JobState.WAITING if job.parents or job.needs else JobState.QUEUED
+
+
+def fresh(number: int, job: NewJob) -> JobRow:
+    """The row of a job that has just been stored."""
+    return JobRow(
+        id=number,
+        name=job.name,
+        job=job.job,
+        kind=job.kind,
+        spec=dict(job.spec),
+        axes=dict(job.axes),
+        parents=dict(job.parents),
+        needs=tuple(job.needs),
+        identity=job.identity,
+        parts=dict(job.parts),
+        resources=dict(job.resources),
+        retries=dict(job.retries),
+        timeout=job.timeout,
+        state=first_state(job),
+        attempt=0,
+        cause=None,
+        message=None,
+        result=None,
+        artifact_uri=None,
+        reused_from=None,
+        started_at=None,
+        ended_at=None,
+        checkpoint=None,
+        mirrored_step=None,
+        mirrored_state=None,
+        attempts=(),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class WorkflowRow:
     """A workflow without its jobs.

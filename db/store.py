@@ -17,7 +17,7 @@ from kvlab.db import history, leases, points, queries, versions
 from kvlab.db.batches import Batch
 from kvlab.db.engine import connect, reading, told
 from kvlab.db.errors import NoStore
-from kvlab.db.pending import Pending
+from kvlab.db.pending import Pending, new_row
 from kvlab.db.rows import (
     Event,
     FinishedJob,
@@ -28,7 +28,7 @@ from kvlab.db.rows import (
     Workflow,
     WorkflowRow,
 )
-from kvlab.db.states import JobState, WorkflowState
+from kvlab.db.states import WorkflowState
 from kvlab.db.tables import JOBS, WORKFLOWS
 from kvlab.db.text import clean, dump
 from kvlab.db.url import parse, path_of, shown
@@ -105,7 +105,7 @@ class Store:
             )
             workflow_id: int = connection.execute(added.returning(WORKFLOWS.c.id)).scalar_one()
             if jobs:
-                connection.execute(insert(JOBS), [_new(workflow_id, job) for job in jobs])
+                connection.execute(insert(JOBS), [new_row(workflow_id, job) for job in jobs])
         return workflow_id
 
     def clock(self) -> float:
@@ -225,25 +225,3 @@ class Store:
     def _reading(self) -> Iterator[Connection]:
         with told(self._url), self._reads.begin() as connection:
             yield connection
-
-
-def _new(workflow_id: int, job: NewJob) -> dict[str, Any]:
-    waits = bool(job.parents or job.needs)
-    return {
-        "workflow_id": workflow_id,
-        "name": clean(job.name),
-        "job": clean(job.job),
-        "kind": clean(job.kind),
-        "state": (JobState.WAITING if waits else JobState.QUEUED).value,
-        "attempt": 0,
-        "reusable": False,
-        "identity": clean(job.identity),
-        "axes": dump(dict(job.axes)),
-        "parents": dump(dict(job.parents)),
-        "needs": dump(list(job.needs)),
-        "parts": dump(dict(job.parts)),
-        "resources": dump(dict(job.resources)),
-        "retries": dump(dict(job.retries)),
-        "timeout": job.timeout,
-        "spec": dump(dict(job.spec)),
-    }

@@ -90,7 +90,8 @@ class Value:
             or those of a window; "slots", those that a ranking leaves. None: it cannot.
         observes_all: eviction and budget: what stays depends on every row of every layer of a
             prompt, so that no early exit leaves rows out.
-        sources: packages whose files decide the result (part of a job's identity).
+        sources: packages and modules whose files decide the result (part of a job's identity); of
+            the cache's, as in `kvlab.methods.cache.sources`.
     """
 
     axis: AxisName
@@ -202,6 +203,11 @@ class Method:
         choice = self.choices.get("sharing")
         shape = choice.value.shape if choice else None
         return shape(choice.params, config) if choice and shape else config
+
+    def positions(self, tokens: int) -> int:
+        """The most positions that so many tokens can take, wherever a prompt among them ends."""
+        span = self.span()
+        return tokens if span == 1 else -(-tokens // span) + 1
 
     def lacks(self) -> str | None:
         """What another job must still give the method: see `Value.needs`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +16,14 @@ from kvlab.methods.block_transformer.params import BlockTransformerParams
 from kvlab.methods.block_transformer.sizes import sizes
 from kvlab.methods.block_transformer.token_decoder import build_token_decoder
 from kvlab.methods.cache.opening import one_pass_cache
-from kvlab.methods.cache.ragged import RaggedCache
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.model import Decoder
 from kvlab.methods.model import LanguageModel, Score, Session
 from kvlab.methods.packing import Documents, Packer
 from kvlab.methods.prefill.params import prefill_of
+
+if TYPE_CHECKING:
+    from kvlab.methods.cache.ragged import RaggedCache
 
 
 class BlockTransformer(LanguageModel):

@@ -119,6 +119,12 @@ def inner(params: BlockTransformerParams, config: DecoderConfig) -> DecoderConfi
     return sizes(config, params).block
 
 
+_MODULES = (
+    "convert", "cost", "cross_attention", "embedder", "model", "packing", "params", "rows",
+    "session", "sizes", "token_decoder",
+)  # fmt: skip
+"""All but what serves it, which stands with the server's own sources."""
+
 ENTRY = Value(
     axis="granularity",
     name="block_transformer",
@@ -134,9 +140,8 @@ ENTRY = Value(
     inner=inner,
     consumes=("sharing", "prefill"),
     sources=(
-        "kvlab.methods.block_transformer",
+        *(f"kvlab.methods.block_transformer.{name}" for name in _MODULES),
         "kvlab.methods.packing",
-        "kvlab.methods.cache",
         "kvlab.kernels",
     ),
 )

@@ -2,13 +2,11 @@
 
 A request has an arena: the rows of its blocks, one behind the other. First what the model keeps of
 it, then the slots of each KV layer, to the row; where an eviction grows, then a row of each KV
-layer for every later position. Nothing here loops over requests in a decode step.
+layer for every later position; where it logs all tokens, then their log. Nothing here loops over
+requests in a decode step.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +14,7 @@ from torch import Tensor
 from kvlab import KvlabError
 from kvlab.kernels.attention import EMPTY, Rule, attend
 from kvlab.methods.axis import Method
+from kvlab.methods.cache.arena import Space
 from kvlab.methods.cache.evicting import EvictingCache
 from kvlab.methods.cache.interface import Extra, Step
 from kvlab.methods.cache.opening import Opening
@@ -25,31 +24,11 @@ from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.rope import Rotation
 
 
-@dataclass(frozen=True, slots=True)
-class Space:
-    """How a pool's rows are laid out: what an engine's adapter predicts with.
-
-    Attributes:
-        width: numbers of a row: keys and values of all heads, then what is known of it.
-        block_size: rows of a block.
-        head: rows in front of a request's slots. state: numbers that they hold.
-        limit: positions that a request has at most.
-        slots: from the positions of a prompt to the slots that its blocks have room for.
-    """
-
-    width: int
-    block_size: int
-    head: int
-    state: int
-    limit: int
-    slots: Callable[[int], int]
-
-
-class _Prompt:
+class Prompt:
     """A prompt in the making: a cache of its own, whose rows go to the pool at its end."""
 
-    def __init__(self, number: int, rows: slice, cache: EvictingCache) -> None:
-        self.number, self.rows, self.cache = number, rows, cache
+    def __init__(self, number: int, rows: slice, end: int, cache: EvictingCache) -> None:
+        self.number, self.rows, self.end, self.cache = number, rows, end, cache
         self.mass: dict[int, Tensor | None] = {}
 
 
@@ -80,6 +59,7 @@ class PoolCache(RaggedCache):
         self._heads = heads = self._ranking.heads(config)
         self._apart = heads if self._ranking.by_head else 1
         self._scored = self._ranking.voters(prompt=False) is not None
+        self._wanted = slice(None) if self._scored else None
         numbers = 2 * heads * config.head_dim
         self._kv = torch.unflatten(pool[:, :numbers], 1, (heads, -1))
         known = self._apart * (1 + self._scored)
@@ -94,24 +74,27 @@ class PoolCache(RaggedCache):
         self._windows = self._readable(config)
         pool[: space.block_size].zero_()
         self._known[: space.block_size] = EMPTY
-        self._prompts: list[_Prompt] = []
+        self._prompts: list[Prompt] = []
         self._decoding = 0
 
     def plan(self, step: Step) -> Extra | None:
         assert step.positions is not None
-        aim, grows = self.aimed, self._ranking.grows
-        self._aim = aim
+        aim = self._aim = self.aimed
         self._prompts = []
+        ends = self.batch.ends.tolist() if aim.prompts else []
         for number, rows in aim.prompts:
-            length = rows.stop - rows.start
-            limit = length + 1 if grows else max(self._space.limit, length + 1)
-            cache = EvictingCache(self._ranking, self._opening(limit), budget=self._budget)
-            cache.plan(Step(length, None, None))
-            self._prompts.append(_Prompt(number, rows, cache))
+            length, end = rows.stop - rows.start, self._method.positions(ends[number])
+            most = length + 1 if self._ranking.grows else max(end, length + 1)
+            cache = self._ranking.open(self._opening(1, most), self._budget)
+            cache.plan(Step(length, *(_part(x, rows) for x in (step.ids, None, step.embedded))))
+            self._prompts.append(Prompt(number, rows, end, cache))
         self._decoding = len(aim.rows)
         if self._decoding:
+            self._rows = aim.rows.unsqueeze(1)
             self._newest = step.positions[0, aim.rows]
-            self._choose()
+            self._asking = self._newest.unsqueeze(1)
+            self._find()
+            self._take()
         return None
 
     def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor | None) -> None:
@@ -131,10 +114,8 @@ class PoolCache(RaggedCache):
         for prompt in self._prompts:
             out[:, :, prompt.rows] = self._attend_prompt(layer, q[:, :, prompt.rows], own, prompt)
         if self._decoding:
-            rows = self._aim.rows
-            queries = q[0][:, rows].transpose(0, 1).unsqueeze(2)
-            found = self._attend_past(layer, queries, own)
-            out[0][:, rows] = found.squeeze(2).transpose(0, 1)
+            found = self._attend_past(layer, q[0][:, self._rows].transpose(0, 1), own)
+            out[0][:, self._rows] = found.transpose(0, 1)
         return out
 
     def observe(self, layer: int, before: Tensor, after: Tensor, key_mass: Tensor | None) -> None:
@@ -192,50 +173,54 @@ class PoolCache(RaggedCache):
         size = self._space.block_size
         return blocks.gather(1, numbers // size) * size + numbers % size
 
-    def _choose(self) -> None:
-        """Find every row of the requests that decode, and one for what comes; of all layers."""
+    def _find(self) -> None:
+        """Find every row of the requests that decode, in all layers."""
         blocks = self._blocks(self._aim.which)
         handles = blocks[:, 0]
         starts = self._starts[handles].long()
         sizes = starts[:, 1:] - starts[:, :-1]
         widths = sizes.amax(0).tolist() if sizes.device.type == "cpu" else self._widest
         self._columns = [range(width) for width in widths]
-        newest = self._newest[:, None, None]
         slots = torch.arange(max(widths), device=starts.device)
         numbers = starts[:, :-1].T.unsqueeze(-1) + slots  # [K, M, S]
         valid = slots < sizes.T.unsqueeze(-1)
-        grown = None
+        self._grown = None
         if self._ranking.grows:
-            numbers, valid, grown = self._with_later(handles, starts, numbers, valid)
+            numbers, valid, self._grown = self._with_later(handles, starts, numbers, valid)
         numbers = numbers.masked_fill(~valid, 0)
         layers, count = len(numbers), len(handles)
         flat = self._flatten(blocks, numbers.transpose(0, 1).flatten(1)).view(count, layers, -1)
+        self._valid = valid.unsqueeze(2)
         self._flat = flat.transpose(0, 1).masked_fill(~valid, 0)
         known = torch.unflatten(self._known[self._flat], -1, (self._apart, -1))
         self._positions = known[..., 0].transpose(2, 3).long()  # [K, M, heads or 1, S]
-        self._positions = self._positions.masked_fill(~valid.unsqueeze(2), EMPTY)
+        self._positions = self._positions.masked_fill(~self._valid, EMPTY)
         self._scores = known[..., -1].contiguous().view(torch.float32).transpose(2, 3).contiguous()
-        if grown is None:
-            budgets = self._budgets[handles].T[:, :, None, None]
+        self._standing: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _take(self) -> None:
+        """Choose a row of each layer for what comes."""
+        layers, count, newest = *self._flat.shape[:2], self._newest[:, None, None]
+        if self._grown is None:
+            budgets = self._budgets[self._blocks(self._aim.which)[:, 0]].T[:, :, None, None]
             rows = Rows(
                 self._positions, self._scores if self._scored else None, newest - 1, budgets,
                 self._heads, self._layers,
             )  # fmt: skip
             ranks = ranked(self._ranking, rows, self._windows)
-            ranks = ranks.masked_fill(~valid.unsqueeze(2), float("inf"))
+            ranks = ranks.masked_fill(~self._valid, float("inf"))
             slot = ranks.argmin(-1, keepdim=True)
         else:
-            slot = grown.expand(layers, -1).reshape(layers, count, 1, 1)
+            slot = self._grown.expand(layers, -1).reshape(layers, count, 1, 1)
             slot = slot.expand(-1, -1, self._apart, -1)
         self._positions.scatter_(-1, slot, newest.expand(slot.shape))
         if self._scored:
             self._scores.scatter_(-1, slot, 0.0)
         flat = self._flat.unsqueeze(2).expand(-1, -1, self._apart, -1)
         self._targets = flat.gather(-1, slot).squeeze(-1)  # [K, M, heads or 1]
-        heads = torch.arange(self._apart, device=starts.device)
+        heads = torch.arange(self._apart, device=flat.device)
         place = self._known.view(len(self._known), self._apart, -1)[..., 0]
         place[self._targets, heads] = newest[:, :, 0].int().expand(self._targets.shape)
-        self._standing: dict[int, tuple[Tensor, Tensor]] = {}
 
     def _with_later(
         self, handles: Tensor, starts: Tensor, numbers: Tensor, valid: Tensor
@@ -252,33 +237,41 @@ class PoolCache(RaggedCache):
         return torch.cat((numbers, rows), -1), torch.cat((valid, there), -1), width + later
 
     def _attend_past(self, layer: int, q: Tensor, own: Rule) -> Tensor:
-        """Attend with [M, H, 1, D] to the requests' own slots."""
+        """Attend with [M, H, T, D] to the requests' own slots."""
         place = self._place[self._config.kv_of[layer]]
+        k, v, positions = self._held(place)
+        if self.rotates:
+            for_queries, for_keys = self._stand(place, positions)
+            q, k = self._turned(q, for_queries), self._turned(k, for_keys)
+        out, mass = attend(q, k, v, self._asking, positions, own, self._wanted)
+        if mass is not None:
+            self._credit(place, mass)
+        return out
+
+    def _held(self, place: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values [M, heads, S, D] of a KV layer, and where they stand [M, (heads,) S]."""
         columns = len(self._columns[place])
         flat = self._flat[place, :, :columns]
         rows = torch.unflatten(self._kv.index_select(0, flat.flatten()), 0, flat.shape)
         k, v = rows.transpose(1, 2).chunk(2, dim=-1)
         positions = self._positions[place, ..., :columns]
-        if self.rotates:
-            for_queries, for_keys = self._stand(place, positions)
-            q, k = self._turned(q, for_queries), self._turned(k, for_keys)
-        readable = positions if self._apart > 1 else positions[:, 0]
-        wanted = slice(None) if self._scored else None
-        out, mass = attend(q, k, v, self._newest.unsqueeze(1), readable, own, wanted)
-        if mass is not None:
-            self._scores[place, ..., :columns] += self._ranking.tally(mass, self._heads)
-        return out
+        return k, v, positions if self._apart > 1 else positions[:, 0]
+
+    def _credit(self, place: int, mass: Tensor) -> None:
+        """Hear what attention [M, H, S] the rows of a KV layer received."""
+        grown = self._ranking.tally(mass, self._heads)
+        self._scores[place, ..., : grown.shape[-1]] += grown
 
     def _stand(self, place: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Number the rows that are held in the order of their positions: of queries, of keys."""
         if place not in self._standing:
             empty = (positions == EMPTY).sum(-1, keepdim=True)
             numbers = (positions.argsort(-1).argsort(-1) - empty).clamp_min(0)
-            last = positions.shape[-1] - 1 - empty[:, 0]
-            self._standing[place] = last, numbers if self._apart > 1 else numbers[:, 0]
+            empty = empty if self._apart == 1 else empty[:, 0]
+            self._standing[place] = positions.shape[-1] - 1 - empty, numbers
         return self._standing[place]
 
-    def _attend_prompt(self, layer: int, q: Tensor, own: Rule, prompt: _Prompt) -> Tensor:
+    def _attend_prompt(self, layer: int, q: Tensor, own: Rule, prompt: Prompt) -> Tensor:
         cache = prompt.cache
         keys = cache.read(self._config.kv_of[layer])
         assert keys is not None
@@ -293,7 +286,7 @@ class PoolCache(RaggedCache):
     def _turned(self, x: Tensor, positions: Tensor) -> Tensor:
         return Rotation(self._frequencies, positions, x.dtype)(x)
 
-    def _commit(self, prompt: _Prompt) -> None:
+    def _commit(self, prompt: Prompt) -> None:
         """Give a prompt's rows that stay their slots."""
         cache, space = prompt.cache, self._space
         blocks = self.batch.prompt_blocks[prompt.number].unsqueeze(0)
@@ -305,7 +298,7 @@ class PoolCache(RaggedCache):
         ]
         starts = torch.tensor([space.head, *sizes]).cumsum(0)
         length = prompt.rows.stop - prompt.rows.start
-        if (wanted := sum(sizes)) > (room := space.slots(length)):
+        if (wanted := sum(sizes)) > (room := space.slots(length, prompt.end)):
             raise KvlabError(
                 f"a prompt of {length} positions keeps {wanted} rows, and its blocks hold {room}"
             )
@@ -329,14 +322,19 @@ class PoolCache(RaggedCache):
         self._lengths[handle, 1] = length
         self._widest = [max(pair) for pair in zip(self._widest, sizes, strict=True)]
 
-    def _opening(self, rows: int) -> Opening:
+    def _opening(self, batch: int, rows: int) -> Opening:
         pool = self._pool
-        return Opening(self._config, self._method, 1, rows, pool.device, pool.dtype)
+        return Opening(self._config, self._method, batch, rows, pool.device, pool.dtype)
 
     def _readable(self, config: DecoderConfig) -> Tensor | None:
         """Rows back [K, 1, 1, 1] that each KV layer's readers can still read; None: all."""
         if config.windows is None:
             return None
-        readers = self._opening(2**40).readers()
-        found = [self._opening(2**40).window(readers[layer]) for layer in self._layers]
+        opening = self._opening(1, 2**40)
+        readers = opening.readers()
+        found = [opening.window(readers[layer]) for layer in self._layers]
         return torch.tensor(found, device=self._pool.device)[:, None, None, None]
+
+
+def _part(x: Tensor | None, rows: slice) -> Tensor | None:
+    return None if x is None else x[:, rows]

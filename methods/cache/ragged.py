@@ -15,6 +15,7 @@ class Batch(NamedTuple):
     Attributes:
         prompts: the rows of each request whose whole prompt comes now.
         decoding: [R], the one row of each of the other requests.
+        ends: [P], tokens that each of the former will have at most.
         prompt_blocks, blocks: [P, n] and [R, n], the blocks of the pool that each of them has, in
             order; what stands behind its last means nothing.
         longest: tokens of the longest request, at least.
@@ -22,6 +23,7 @@ class Batch(NamedTuple):
 
     prompts: tuple[slice, ...]
     decoding: Tensor
+    ends: Tensor
     prompt_blocks: Tensor
     blocks: Tensor
     longest: int

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvlab.kernels.attention import EMPTY
 from kvlab.methods.budget.budget import Budget
-from kvlab.methods.cache.interface import Cache
 from kvlab.methods.cache.opening import Eviction, Opening
 from kvlab.methods.decoder.config import DecoderConfig
+
+if TYPE_CHECKING:
+    from kvlab.methods.cache.evicting import EvictingCache
+    from kvlab.methods.cache.pool import PoolCache
 
 
 class InSlots(NamedTuple):
@@ -61,10 +64,17 @@ class Ranking(Eviction):
     in_cache: bool = False
     by_turn: bool = False
 
-    def open(self, opening: Opening) -> Cache:
+    def open(self, opening: Opening, budget: Budget | None = None) -> EvictingCache:
+        """Return an empty cache. Args: budget: None: as the method says."""
         from kvlab.methods.cache.evicting import EvictingCache
 
-        return EvictingCache(self, opening)
+        return EvictingCache(self, opening, budget=budget)
+
+    def pooled(self) -> type[PoolCache]:
+        """The cache of a server's requests."""
+        from kvlab.methods.cache.pool import PoolCache
+
+        return PoolCache
 
     def heads(self, config: DecoderConfig) -> int:
         """Heads that the cache holds rows for; a multiple of `config.kv_heads`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +12,15 @@ from kvlab import KvlabError
 from kvlab.kernels.attention import EMPTY
 from kvlab.methods.axis import Method
 from kvlab.methods.cache.opening import one_pass_cache, open_cache
-from kvlab.methods.cache.ragged import RaggedCache
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.model import Decoder
 from kvlab.methods.model import LanguageModel, Score, Session, refuse_padding_behind
 from kvlab.methods.prefill.params import prefill_of
 from kvlab.methods.sharing.convert import merge_of, start_layers
 from kvlab.methods.weights import fill, without_weights
+
+if TYPE_CHECKING:
+    from kvlab.methods.cache.ragged import RaggedCache
 
 
 class TokenModel(LanguageModel):

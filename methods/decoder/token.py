@@ -23,7 +23,6 @@ ENTRY = Value(
     consumes=("sharing", "prefill"),
     sources=(
         "kvlab.methods.packing",
-        "kvlab.methods.cache",
         "kvlab.kernels",
     ),
 )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from kvlab import KvlabError
 
 
-def canonical_of(text: str) -> dict[str, Any]:
+def canonical_of(text: str, controller: Path | None = None) -> dict[str, Any]:
     """Read an --apply: a name, or a YAML mapping of names to parameters.
+
+    Args: controller: the folder of one that it needs.
 
     Raises:
         KvlabError: no YAML, no such method, or parameters that it cannot have.
@@ -17,6 +20,7 @@ def canonical_of(text: str) -> dict[str, Any]:
     from pydantic import TypeAdapter, ValidationError
 
     from kvlab.methods.axis import Method
+    from kvlab.platform.jobs.controller.supply import supplied
     from kvlab.platform.jobs.method import MethodField, canonical
 
     try:
@@ -28,4 +32,8 @@ def canonical_of(text: str) -> dict[str, Any]:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise KvlabError(f"--apply: {where + ': ' if where else ''}{first['msg']}") from None
+    if controller is not None:
+        if method.lacks() != "controller":
+            raise KvlabError(f"--controller: '{method.label}' needs none: leave it out")
+        method = supplied(method, controller)
     return canonical(method)

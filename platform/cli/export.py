@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +22,10 @@ def command(
         str | None,
         typer.Option("--apply", help="Run-time choices, as in a workflow: '{h2o: {}, ...}'."),
     ] = None,
+    controller: Annotated[
+        str | None,
+        typer.Option("--controller", help="Of ADORE: a job that trained one, or its folder."),
+    ] = None,
     workflow: Annotated[
         str | None,
         typer.Option("--workflow", help="The job's: name or number; default: the newest with it."),
@@ -34,13 +38,12 @@ def command(
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise KvlabError(f"{folder}: is there and not an empty folder: name a new one")
-    source = Path(model) if Path(model).is_dir() else published(model, workflow)
+    source = published(model, workflow)
     from kvlab.methods.decoder.huggingface.settings import CheckpointError
-    from kvlab.platform.cli.applied import canonical_of
     from kvlab.platform.jobs.checkpoint import trained_method
     from kvlab.platform.serving import export
 
-    choices = canonical_of(apply) if apply is not None else {}
+    choices = chosen(apply, controller, workflow)
     if not choices and "granularity" not in trained_method(source):
         with contextlib.suppress(CheckpointError):  # none of theirs can say all of it
             print(f"{folder}: {_checkpoint(source, folder)}")
@@ -63,12 +66,23 @@ def _checkpoint(source: Path, folder: Path) -> str:
     return architecture
 
 
-def published(job: str, workflow: str | None) -> Path:
-    """The folder that one job of a workflow published.
+def chosen(apply: str | None, controller: str | None, workflow: str | None) -> dict[str, Any]:
+    """Run-time choices of a command line, in canonical form; see `published`."""
+    from kvlab.platform.cli.applied import canonical_of
+
+    trained = published(controller, workflow, "controller") if controller is not None else None
+    return canonical_of(apply or "{}", trained)
+
+
+def published(job: str, workflow: str | None, what: str = "model") -> Path:
+    """The folder of that name, or the one that a job of a workflow published.
 
     Args:
         workflow: its name or number; None: the newest that has the job, tries after all others.
+        what: is in the folder: a "model", or a "controller".
     """
+    if Path(job).is_dir():
+        return Path(job).resolve()
     from kvlab.db.store import Store
     from kvlab.platform.cli.which import find
     from kvlab.platform.home import Home
@@ -87,19 +101,19 @@ def published(job: str, workflow: str | None) -> Path:
         having = (number for number in numbers if _called(job, store.load(number).jobs))
         number = next(having, numbers[0])
         jobs = store.load(number).jobs
-    chosen = _called(job, jobs)
-    if not chosen:
+    cells = _called(job, jobs)
+    if not cells:
         known = ", ".join(dict.fromkeys(one.job for one in jobs))
         raise KvlabError(
             f"'{job}' is neither a folder nor a job of workflow {number}, which has {known}"
         )
-    if len(chosen) > 1:
-        cells = ", ".join(one.name for one in chosen)
-        raise KvlabError(f"'{job}' of workflow {number} has several cells, choose one: {cells}")
-    uri = chosen[0].artifact_uri
-    if uri is None or not Path(uri, "model.json").is_file():
-        raise KvlabError(f"'{job}' of workflow {number} ({chosen[0].state}) has published no model")
-    return Path(uri)
+    if len(cells) > 1:
+        names = ", ".join(one.name for one in cells)
+        raise KvlabError(f"'{job}' of workflow {number} has several cells, choose one: {names}")
+    (cell,) = cells
+    if cell.artifact_uri is None or not Path(cell.artifact_uri, f"{what}.json").is_file():
+        raise KvlabError(f"'{job}' of workflow {number} ({cell.state}) has published no {what}")
+    return Path(cell.artifact_uri)
 
 
 def _called(job: str, jobs: Sequence[JobRow]) -> list[JobRow]:

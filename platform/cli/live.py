@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kvlab.platform.controller.controller import Controller, Outcome
     from kvlab.platform.controller.snapshot import Change, RunningJob, Snapshot
     from kvlab.platform.home import Home
+    from kvlab.platform.search.study import StudyView
 
 STYLES = {
     JobState.DONE: "green",
@@ -37,6 +38,9 @@ STYLES = {
 }
 REFRESH_SECONDS = 0.25
 INTERRUPTED = 130
+
+MOST_LEADING = 5
+"""Trials of a front that are shown while a study runs."""
 
 Source = Callable[[int], "Snapshot"]
 """Returns how things stand, with the changes from a number on."""
@@ -80,7 +84,7 @@ class View:
         self._seen += len(snapshot.changes)
         for change in snapshot.changes:
             # On a terminal the table shows who runs; elsewhere a line has to.
-            if change.state is not JobState.RUNNING or not self._console.is_terminal:
+            if change.note or change.state is not JobState.RUNNING or not self._console.is_terminal:
                 self._console.print(line(change), soft_wrap=True)
         if self._console.is_terminal:
             self._live.update(draw(snapshot), refresh=True)
@@ -91,7 +95,20 @@ def draw(snapshot: Snapshot) -> Group:
     table = Table.grid(padding=(0, 2))
     for job in snapshot.running:
         table.add_row(*_cells(job))
-    return Group(table, counts(snapshot.counts))
+    return Group(table, *map(_study, snapshot.studies), counts(snapshot.counts))
+
+
+def _study(study: StudyView) -> Text:
+    """Say how far a study is, and what leads."""
+    text = Text(study.name, "bold")
+    ended = sum(count for state, count in study.counts.items() if state != "running")
+    said = ", ".join(f"{count} {state}" for state, count in sorted(study.counts.items()))
+    text.append(f"  {ended} of {study.trials} trials ({said})" if said else "  its first points")
+    if len(study.leading) > 1:
+        text.append(f"\n  front of {len(study.leading)}:")
+    for line in study.leading[:MOST_LEADING]:
+        text.append(f"\n  {line}", "green")
+    return text
 
 
 def counts(found: Any) -> Text:
@@ -114,6 +131,9 @@ def line(change: Change) -> Text:
         text.append("  reused")
     elif change.seconds is not None:
         text.append(f"  {change.seconds:.1f} s")
+    if change.note is not None:
+        text.append(f"  {change.note}")
+        return text
     if change.attempt > 1:
         text.append(f"  attempt {change.attempt}")
     if change.cause is not None and change.state is not JobState.DONE and not stopped:

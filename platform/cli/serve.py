@@ -23,6 +23,10 @@ def command(
         str | None,
         typer.Option("--apply", help="Run-time choices, as in a workflow: '{h2o: {}, ...}'."),
     ] = None,
+    controller: Annotated[
+        str | None,
+        typer.Option("--controller", help="Of ADORE: a job that trained one, or its folder."),
+    ] = None,
     host: Annotated[str, typer.Option("--host", help="Where to listen.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: a free one.")] = 8000,
     api_key: Annotated[
@@ -56,15 +60,14 @@ def command(
 
     POST /v1/completions (streaming too) on the address that is printed. Exits with 2 for bad input.
     """
-    from kvlab.platform.cli.applied import canonical_of
-    from kvlab.platform.cli.export import published
+    from kvlab.platform.cli.export import chosen, published
     from kvlab.platform.serving import export, forecast, server
     from kvlab.platform.serving.vllm_0_32.engine import version
     from kvlab.platform.trying.asked import memory_of
     from kvlab.platform.trying.device import choose
 
-    choices = canonical_of(apply) if apply is not None else {}
-    source = Path(model) if Path(model).is_dir() else published(model, workflow)
+    choices = chosen(apply, controller, workflow)
+    source = published(model, workflow)
     pool = memory_of(memory) if memory is not None else None
     version()
     config, _ = export.check(source, choices)

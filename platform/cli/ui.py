@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Annotated
 
 import typer
@@ -14,4 +15,6 @@ def command(
     from kvlab.platform.home import Home
     from kvlab.platform.tracking.ui import serve
 
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: the server must not be left behind
+        signal.signal(number, signal.default_int_handler)
     serve(Home.find().tracking_uri, port, lambda line: print(line, flush=True))

@@ -32,6 +32,7 @@ from kvlab.platform.controller.pool import Pool
 from kvlab.platform.controller.schedule import Schedule
 from kvlab.platform.controller.slots import check_fit
 from kvlab.platform.controller.snapshot import RunningJob, Snapshot
+from kvlab.platform.controller.studies import Studies
 from kvlab.platform.graph import Resources
 from kvlab.platform.home import Home
 from kvlab.platform.record import fault
@@ -96,6 +97,7 @@ class Controller:
         self._nodes_at = 0.0
         self._cancelled = False
         self._attempts: Attempts | None = None
+        self._studies: Studies | None = None
 
     def stop(self) -> None:
         """Let running jobs checkpoint, then end; asked twice: end now. Any thread, any time."""
@@ -121,6 +123,7 @@ class Controller:
                 for one in running
             ),
             tuple(self._jobs.history[after:]),
+            () if self._studies is None else self._studies.views(),
         )
 
     def run(self) -> Outcome:
@@ -149,22 +152,33 @@ class Controller:
             self._ledger,
         )
         self._feed = Feed(self._store, stored, self._jobs, self._mirror)
+        self._studies = studies = Studies(
+            self._store,
+            self._workflow,
+            self._jobs,
+            self._schedule,
+            attempts,
+            self._ledger,
+            lambda job, found, now: self._reuse(job, found, attempts, now),
+        )
         try:
-            self._open(stored, attempts)
+            self._open(stored, attempts, studies)
             while not self._schedule.finished:
-                self._tick(attempts, self._listen(self._patience(attempts)))
-            return self._close(lease)
+                self._tick(attempts, studies, self._listen(self._patience(attempts, studies)))
+            return self._close(lease, studies)
         finally:
+            studies.close()
             self._feed.close()
 
-    def _open(self, stored: Workflow, attempts: Attempts) -> None:
+    def _open(self, stored: Workflow, attempts: Attempts, studies: Studies) -> None:
         """Rebuild from SQL: get jobs under way, take over what ran, reuse what is finished."""
         now = time.time()
         rows = self._jobs.rows.values()
         unfinished = (row for row in rows if row.state is not JobState.DONE)
         check_fit(((row.name, Resources(**row.resources)) for row in unfinished), self._slots)
-        moves = self._schedule.begin({row.id: (row.state, row.attempt) for row in rows})
-        attempts.moved(moves)
+        states = {row.id: (row.state, row.attempt) for row in rows}
+        attempts.moved(self._schedule.begin(states, studies.settled()))
+        studies.interrupted(now)
         clear(self._home, rows)
         open_jobs = [row.id for row in rows if self._schedule.state(row.id) is not JobState.DONE]
         running = [job for job in open_jobs if self._schedule.state(job) is JobState.RUNNING]
@@ -187,7 +201,7 @@ class Controller:
             if found is not None and job not in running and usable(found):
                 self._reuse(job, found, attempts, now)
         self._feed.begin()
-        self._tick(attempts, [])
+        self._tick(attempts, studies, [])
 
     def _reuse(self, job: int, found: FinishedJob, attempts: Attempts, now: float) -> None:
         def write(batch: Batch) -> None:
@@ -200,13 +214,14 @@ class Controller:
         )
         attempts.moved(self._schedule.reuse(job))
 
-    def _tick(self, attempts: Attempts, messages: list[Message]) -> None:
+    def _tick(self, attempts: Attempts, studies: Studies, messages: list[Message]) -> None:
         """Hear, decide, store, act."""
         now = time.time()
         for message in messages:
-            self._hear(attempts, message, now)
+            self._hear(attempts, studies, message, now)
         self._schedule.wake(now)
         attempts.settle(now)
+        studies.tick(now)
         if self._stop_by is not None and now >= self._stop_by:
             attempts.end_all(Cause.STOPPED, now)  # did not stop in time
         if attempts.failed_starts >= STARTS:
@@ -224,7 +239,7 @@ class Controller:
         self._feed.offer()
         attempts.poll(now)
 
-    def _hear(self, attempts: Attempts, message: Message, now: float) -> None:
+    def _hear(self, attempts: Attempts, studies: Studies, message: Message, now: float) -> None:
         match message:
             case Told():
                 attempts.told(message, now)
@@ -235,23 +250,25 @@ class Controller:
             case TakenBack():
                 attempts.taken_back(message, now)
             case Asked(what="cancel"):
-                self._cancel(attempts, now)
+                self._cancel(attempts, studies, now)
             case Asked():
-                self._stop(attempts, now)
+                self._stop(attempts, studies, now)
             case LeaseOver():
                 raise message.error
 
-    def _stop(self, attempts: Attempts, now: float) -> None:
+    def _stop(self, attempts: Attempts, studies: Studies, now: float) -> None:
         if self._stop_by is not None:
             self._stop_by = now
             return
         self._stop_by = now + STOP_SECONDS
         self._schedule.stop()
+        studies.end_all(Cause.STOPPED, now)
         attempts.stop()
 
-    def _cancel(self, attempts: Attempts, now: float) -> None:
+    def _cancel(self, attempts: Attempts, studies: Studies, now: float) -> None:
         self._cancelled = True
         attempts.moved(self._schedule.cancel())
+        studies.end_all(Cause.CANCELLED, now)
         attempts.end_all(Cause.CANCELLED, now)
 
     def _listen(self, seconds: float) -> list[Message]:
@@ -264,15 +281,17 @@ class Controller:
             heard = self._inbox.get(0.0)
         return heard
 
-    def _patience(self, attempts: Attempts) -> float:
+    def _patience(self, attempts: Attempts, studies: Studies) -> float:
         """Seconds until something is due."""
+        now = time.time()
         timers = [attempts.next_poll(), self._schedule.next_timer(), self._stop_by]
+        timers.append(studies.due(now))
         due = min((timer for timer in timers if timer is not None), default=float("inf"))
-        return min(1.0, max(0.0, due - time.time()))
+        return min(1.0, max(0.0, due - now))
 
-    def _close(self, lease: Lease) -> Outcome:
+    def _close(self, lease: Lease, studies: Studies) -> Outcome:
         """Bring the mirror up to date as far as it answers, and release the workflow."""
-        state = self._end_state()
+        state = self._end_state(studies)
         now = time.time()
         self._feed.finish(state, now)
         for mark in self._feed.marks():
@@ -284,11 +303,13 @@ class Controller:
         counts = {one: count for one, count in self._schedule.counts.items() if count}
         return Outcome(self._workflow, state, counts, self._feed.behind())
 
-    def _end_state(self) -> WorkflowState:
-        counts = self._schedule.counts
+    def _end_state(self, studies: Studies) -> WorkflowState:
         if self._cancelled:
             return WorkflowState.CANCELLED
-        if counts[JobState.DONE] == len(self._jobs.rows):
+        # A trial may fail: its study goes on, and says so.
+        own = self._jobs.rows.keys() - studies.of_trials()
+        counts = Counter(self._schedule.state(job) for job in own)
+        if counts[JobState.DONE] == len(own):
             return WorkflowState.DONE
         if counts[JobState.WAITING] or counts[JobState.QUEUED]:
             return WorkflowState.STOPPED

@@ -12,6 +12,8 @@ from kvlab.platform.controller.schedule import Task
 from kvlab.platform.controller.slots import Slot
 from kvlab.platform.controller.snapshot import Change
 from kvlab.platform.graph import Cell, Resources
+from kvlab.platform.jobs import KINDS
+from kvlab.platform.search.outcome import Done
 from kvlab.platform.worker.message import Assignment
 
 
@@ -44,16 +46,33 @@ class Jobs:
         return self.rows[job]
 
     def tasks(self) -> list[Task]:
-        return [
-            Task(
-                row.id,
-                tuple({self._ids[name]: None for name in (*row.parents.values(), *row.needs)}),
-                Resources(**row.resources),
-                {Cause(cause): count for cause, count in row.retries.items()},
-                row.timeout,
-            )
-            for row in self.rows.values()
-        ]
+        return [self.task(row) for row in self.rows.values()]
+
+    def task(self, row: JobRow) -> Task:
+        return Task(
+            row.id,
+            tuple({self._ids[name]: None for name in (*row.parents.values(), *row.needs)}),
+            Resources(**row.resources),
+            {Cause(cause): count for cause, count in row.retries.items()},
+            row.timeout,
+            row.kind in KINDS and KINDS[row.kind].inline,
+        )
+
+    def add(self, rows: Iterable[JobRow]) -> None:
+        """Take in jobs that came later."""
+        for row in rows:
+            self.rows[row.id] = row
+            self._ids[row.name] = row.id
+
+    def named(self, name: str) -> JobRow:
+        """The job of that name."""
+        return self.rows[self._ids[name]]
+
+    def done(self, job: int) -> Done:
+        """A done job, as whoever reads its numbers wants it."""
+        row = self.rows[job]
+        result = self.facts.get(job, {}).get("result") or row.result or {}
+        return Done(row.kind, row.axes.get("seed"), row.spec, result)
 
     def inputs(self, job: int) -> dict[str, str]:
         """role -> published folder of that parent; parents that published nothing are left out."""
@@ -116,9 +135,15 @@ class Jobs:
             self.tell(job, attempt, state, began, **columns)
 
     def tell(
-        self, job: int, attempt: int, state: JobState, began: float | None = None, **columns: Any
+        self,
+        job: int,
+        attempt: int,
+        state: JobState,
+        began: float | None = None,
+        note: str | None = None,
+        **columns: Any,
     ) -> None:
-        """Add to the history; see `note`."""
+        """Add to the history; see `note`, and `Change` for the argument of that name."""
         self.history.append(
             Change(
                 self.rows[job].name,
@@ -128,6 +153,7 @@ class Jobs:
                 columns.get("message"),
                 None if began is None else columns["ended_at"] - began,
                 "reused_from" in columns,
+                note,
             )
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,13 +21,17 @@ ONE_CPU = Resources()
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What scheduling knows of a job. `needs`: ids of the jobs that must be done first."""
+    """What scheduling knows of a job.
+
+    needs: ids of the jobs that must be done first. inline: no worker takes it, see `inline`.
+    """
 
     id: int
     needs: tuple[int, ...] = ()
     resources: Resources = ONE_CPU
     retries: Mapping[Cause, int] = field(default_factory=dict)
     timeout: float | None = None
+    inline: bool = False
 
 
 class Move(NamedTuple):
@@ -72,38 +76,50 @@ class Schedule:
     def __init__(
         self, tasks: Sequence[Task], delay: Callable[[Cause, int], float] = backoff
     ) -> None:
-        self._jobs = {task.id: _Job(task, order) for order, task in enumerate(tasks)}
-        self._by_order = [task.id for task in tasks]
+        self._jobs: dict[int, _Job] = {}
+        self._by_order: list[int] = []
         self._delay = delay
+        self._inline: list[int] = []
         self._ready: dict[Resources, list[int]] = defaultdict(list)
         self._delayed: list[tuple[float, int]] = []
         self._deadlines: list[tuple[float, int, int]] = []
         self._stopping = self._cancelled = False
         self.counts: Counter[JobState] = Counter()
-        for job in self._jobs.values():
-            for need in job.task.needs:
-                self._jobs[need].children.append(job.task.id)
+        for task in tasks:
+            self._know(task)
+        for task in tasks:
+            self._follow(task)
 
-    def begin(self, stored: Mapping[int, tuple[JobState, int]]) -> list[Move]:
+    def begin(
+        self, stored: Mapping[int, tuple[JobState, int]], settled: Container[int] = ()
+    ) -> list[Move]:
         """Take over what is stored (job -> state, newest attempt) and get every job under way.
 
         DONE and RUNNING jobs stay. Failed, skipped and cancelled ones have another chance, with
-        full retry budgets.
+        full retry budgets, unless they are `settled`.
         """
         moves: list[Move] = []
         for job in self._jobs.values():
             before, job.attempt = stored[job.task.id]
-            job.missing = sum(
-                self._jobs[need].state is not JobState.DONE for need in job.task.needs
-            )
-            job.state = before
-            if before not in (JobState.DONE, JobState.RUNNING):
-                job.state = JobState.QUEUED if job.missing == 0 else JobState.WAITING
-                moves += _path(job.task.id, before, job.state)
-            if job.state is JobState.QUEUED:
-                self._push(job)
-            self.counts[job.state] += 1
+            over = job.task.id in settled and before in TERMINAL
+            moves += self._enter(job, before, over or before in (JobState.DONE, JobState.RUNNING))
         return moves
+
+    def add(self, tasks: Sequence[Task], state: Mapping[int, JobState]) -> list[Move]:
+        """Take in jobs that came later, parents before children, as they are stored."""
+        moves: list[Move] = []
+        for task in tasks:
+            self._know(task)
+            self._follow(task)
+            moves += self._enter(self._jobs[task.id], state[task.id], stays=False)
+        return moves
+
+    def inline(self) -> list[int]:
+        """Remove and return the ready jobs that the controller does itself."""
+        if self._stopping:
+            return []
+        found, self._inline = self._inline, []
+        return found
 
     def state(self, job: int) -> JobState:
         return self._jobs[job].state
@@ -175,7 +191,9 @@ class Schedule:
     def reuse(self, job: int) -> list[Move]:
         """The job, not begun yet, is done with a result from elsewhere."""
         one = self._jobs[job]
-        if one.state is JobState.QUEUED:
+        if one.state is JobState.QUEUED and one.task.inline:
+            self._inline.remove(job)
+        elif one.state is JobState.QUEUED:
             queue = self._ready[one.task.resources]
             queue.remove(one.order)
             heapq.heapify(queue)
@@ -217,6 +235,7 @@ class Schedule:
                 self._set(one, JobState.CANCELLED)
                 moves.append(Move(job, JobState.CANCELLED))
         self._ready.clear()
+        self._inline.clear()
         self._delayed.clear()
         return moves
 
@@ -225,7 +244,29 @@ class Schedule:
         self.counts[state] += 1
         job.state = state
 
+    def _know(self, task: Task) -> None:
+        self._jobs[task.id] = _Job(task, len(self._by_order))
+        self._by_order.append(task.id)
+
+    def _follow(self, task: Task) -> None:
+        for need in task.needs:
+            self._jobs[need].children.append(task.id)
+
+    def _enter(self, job: _Job, before: JobState, stays: bool) -> Iterable[Move]:
+        """A job as it is stored joins the others; where it does not stay, on the way to run."""
+        job.missing = sum(self._jobs[need].state is not JobState.DONE for need in job.task.needs)
+        job.state = before
+        if not stays:
+            job.state = JobState.QUEUED if job.missing == 0 else JobState.WAITING
+        if job.state is JobState.QUEUED:
+            self._push(job)
+        self.counts[job.state] += 1
+        return () if stays else _path(job.task.id, before, job.state)
+
     def _push(self, job: _Job) -> None:
+        if job.task.inline:
+            self._inline.append(job.task.id)
+            return
         heapq.heappush(self._ready[job.task.resources], job.order)
 
     def _head(self, shape: Resources) -> int:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from kvlab.db.states import JobState
+
+if TYPE_CHECKING:
+    from kvlab.platform.search.study import StudyView
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +19,7 @@ class Change:
     Attributes:
         cause, message: why its attempt ended; None where none did.
         seconds: how long the attempt took. reused: done with another workflow's result.
+        note: what else is to be said, where it goes on.
     """
 
     name: str
@@ -24,6 +29,7 @@ class Change:
     message: str | None = None
     seconds: float | None = None
     reused: bool = False
+    note: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,3 +50,4 @@ class Snapshot:
     counts: Mapping[JobState, int]
     running: tuple[RunningJob, ...]
     changes: tuple[Change, ...]
+    studies: tuple[StudyView, ...] = ()

@@ -27,6 +27,7 @@ OURS = {
     "evaluate": "kvlab.platform.jobs.evaluate.settings:Evaluate",
     "benchmark": "kvlab.platform.jobs.benchmark.settings:Benchmark",
     "serve_benchmark": "kvlab.platform.jobs.serve_benchmark.settings:ServeBenchmark",
+    "search": "kvlab.platform.jobs.search.settings:Search",
     "noop": "kvlab.platform.jobs.noop.settings:Noop",
 }
 

@@ -76,6 +76,8 @@ class Kind(ABC):
         produces_model: its artifact folder can be loaded by `kvlab.methods.store.load`.
         gang: it can run as several workers (`resources: {workers: N}`).
         incidental: spec keys that do not decide the result, so no part of the identity.
+        inline: the controller itself does it, out of other jobs; no worker ever has it.
+        spans_seeds: its cells of all seeds are one, whose spec lists them as `arms`.
     """
 
     name: ClassVar[str]
@@ -88,7 +90,13 @@ class Kind(ABC):
     produces_model: ClassVar[bool] = False
     gang: ClassVar[bool] = False
     incidental: ClassVar[frozenset[str]] = frozenset()
+    inline: ClassVar[bool] = False
+    spans_seeds: ClassVar[bool] = False
     resources: ClassVar[Resources] = Resources()
+
+    def takes_data(self, raw: Mapping[str, Any]) -> bool:
+        """Whether a job of this kind, as it is written, needs the workflow's text."""
+        return self.needs_data
 
     @abstractmethod
     def resolve(self, settings: Settings, around: Surroundings) -> dict[str, Any]:

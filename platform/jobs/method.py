@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, fields
 from functools import cache
 from types import UnionType
@@ -328,10 +328,7 @@ def uptrained(method: Method) -> Method:
     return found
 
 
-def axis_sources(method: Method) -> tuple[str, ...]:
-    """Packages whose source files decide what a method's choices do."""
-    return tuple(
-        dict.fromkeys(
-            source for choice in method.choices.values() for source in choice.value.sources
-        )
-    )
+def axis_sources(method: Method, axes: Collection[AxisName] = AXES) -> tuple[str, ...]:
+    """Packages whose source files decide what a method's choices on these axes do."""
+    chosen = (choice for axis, choice in method.choices.items() if axis in axes)
+    return tuple(dict.fromkeys(source for choice in chosen for source in choice.value.sources))

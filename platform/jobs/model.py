@@ -28,7 +28,10 @@ MODEL_SOURCES = (
     "kvlab.methods.budget.amount",
     "kvlab.methods.budget.budget",
     "kvlab.methods.build",
-    "kvlab.methods.cache",
+    "kvlab.methods.cache.ephemeral",
+    "kvlab.methods.cache.interface",
+    "kvlab.methods.cache.opening",
+    "kvlab.methods.cache.storage",
     "kvlab.methods.cost",
     "kvlab.methods.decoder.config",
     "kvlab.methods.decoder.cost",
@@ -40,6 +43,7 @@ MODEL_SOURCES = (
     "kvlab.methods.decoder.token",
     "kvlab.methods.model",
     "kvlab.methods.packing",
+    "kvlab.methods.prefill",
     "kvlab.methods.registry",
     "kvlab.methods.store",
     "kvlab.methods.weights",
@@ -47,7 +51,8 @@ MODEL_SOURCES = (
 )
 """Packages and modules that decide what any model does, whatever its method.
 
-Modules of the decoder one by one: what writes checkpoints for others makes no model stale.
+Modules of the decoder and the cache one by one: what writes checkpoints for others, evicts or
+serves makes no model stale.
 """
 
 CHECKPOINT_SOURCES = (

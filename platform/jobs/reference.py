@@ -22,6 +22,10 @@ class Reference:
     where: Mapping[str, Any] = field(default_factory=dict)
 
 
+OWN = "."
+"""Names, inside a trial of a search, what the trial itself made."""
+
+
 def parse_one(written: Any) -> Reference:
     """Read one reference."""
     if isinstance(written, Reference):

@@ -12,6 +12,16 @@ from kvlab.platform.jobs.method import canonical
 from kvlab.platform.jobs.model import lineage
 from kvlab.platform.serving.demand import problems, under
 
+SERVER_SOURCES = (
+    "kvlab.methods.block_transformer.serving",
+    "kvlab.methods.budget.cost",
+    "kvlab.methods.cache",
+    "kvlab.platform.jobs.checkpoint",
+    "kvlab.platform.jobs.controller.supply",
+    "kvlab.platform.serving",
+)
+"""Packages and modules that decide what a server's engine does, whatever it serves."""
+
 
 def distribution() -> str:
     """The name under which vLLM is installed; its usual one where it is not."""

@@ -206,8 +206,12 @@ class Feed:
                 _call(mirror, {"workflow": workflow, "report": report})
         return marks
 
+    def _sent(self, job: int) -> tuple[JobState | None, int | None]:
+        """What MLflow holds of a job; of one that came later nothing."""
+        return self._held.get(job, (None, None))
+
     def _mark(self, job: int, state: JobState, step: int | None) -> Mark:
-        held = self._held[job][1]
+        held = self._sent(job)[1]
         self._held[job] = (state, held if step is None else step)
         return lambda batch: batch.mirrored(job, step=step, state=state)
 
@@ -219,7 +223,7 @@ class Feed:
             if visible is None:
                 return
             upto = visible[0]
-        rows = self._store.points(job, after_step=self._held[job][1], up_to_step=upto)
+        rows = self._store.points(job, after_step=self._sent(job)[1], up_to_step=upto)
         for point in rows:
             yield {
                 "job_id": job,

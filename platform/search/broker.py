@@ -142,11 +142,8 @@ class Broker:
         Raises:
             KvlabError: the sampler finds no feasible point.
         """
+        self.start()
         with self._changed:
-            if self._thread is None and not self._closed:
-                self._start(())
-                self._thread = threading.Thread(target=self._work, name="search", daemon=True)
-                self._thread.start()
             self._asking += 1
             self._changed.notify_all()
             try:
@@ -168,6 +165,26 @@ class Broker:
             if self._error is not None:
                 raise self._error
             return None
+
+    def start(self) -> None:
+        """Have points proposed ahead of the first `ask`."""
+        with self._changed:
+            if self._thread is None and not self._closed:
+                self._start(())
+                self._thread = threading.Thread(target=self._work, name="search", daemon=True)
+                self._thread.start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether `ask` would answer at once."""
+        with self._changed:
+            return bool(self._again or self._ready) or self._over()
+
+    @property
+    def over(self) -> bool:
+        """Whether nobody will get another point."""
+        with self._changed:
+            return not (self._again or self._ready) and self._over()
 
     def tell(
         self,

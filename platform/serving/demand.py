@@ -21,12 +21,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvlab import KvlabError
-from kvlab.methods.axis import TRAIN_TIME, Choice, Method
+from kvlab.methods.axis import TRAIN_TIME, AxisName, Choice, Method
+from kvlab.methods.budget.amount import least_rows
 from kvlab.methods.budget.cost import POSITION
+from kvlab.methods.cache.arena import Space
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.registry import from_dict
 
-KNOWN = 4
+KNOWN = WORD = 4
 """Bytes of what is known of a row: where it stood (int32), what it scored (float32)."""
 SLOTS_OF_A_BLOCK = 16
 """Rows of a block of slots: small, so that little is unused at a request's end."""
@@ -169,8 +171,8 @@ class Slots(Demand):
         grows = eviction.value.grows
         return not self.budgeted or (grows is not None and grows(eviction.params))
 
-    def slots(self, prompt: int) -> int:
-        """Slots of all layers together for a prompt of so many positions."""
+    def slots(self, prompt: int, end: int) -> int:
+        """Slots of all layers for a prompt of so many positions, of a request of at most `end`."""
         layers = self.config.kv_layers
         if not self.budgeted:
             return prompt * len(layers)
@@ -180,17 +182,55 @@ class Slots(Demand):
         ]
         if self.grows:
             return math.ceil(sum(min(own, prompt) for own in rows))
-        return math.ceil(sum(rows)) + len(layers)
+        # What one layer cannot fill another may get: the sum counts.
+        most = len(layers) * max(end, least_rows(self.method))
+        return min(math.ceil(sum(rows)), most) + len(layers)
 
     def blocks(self, prompt: int, tokens: int) -> int:
         first = math.ceil(prompt / self.span)
         later = (tokens - prompt) // self.span if self.grows else 0
-        rows = self.head + self.slots(first) + later * len(self.config.kv_layers)
+        rows = self.head + self.slots(first, self.method.positions(tokens))
+        rows += later * len(self.config.kv_layers) + self.space().log_rows(tokens)
         return math.ceil(rows / self.block_size)
+
+    def space(self) -> Space:
+        """Return how a request's rows lie."""
+        return Space(
+            self.width,
+            self.block_size,
+            self.head,
+            self.state // self.itemsize,
+            self.entry,
+            self.slots,
+        )
+
+    @property
+    def beside(self) -> int:
+        """Rows that a step may run beside a request's own."""
+        own = getattr(self._cost, "most_beside", None)
+        return int(own(self.config, self.method)) if own else 0
+
+    def gathered(self, tokens: int) -> int:
+        """Numbers that a step holds of a request, of at most so many tokens, outside the pool.
+
+        One layer's rows, then their keys and values apart; and its log, which is read, taken apart
+        and scored.
+        """
+        layers = len(self.config.kv_layers)
+        most = self.method.positions(tokens)
+        slots = math.ceil(self.slots(most, most) / layers)
+        return 2 * slots * self.width + 3 * tokens * self.entry
+
+    @property
+    def entry(self) -> int:
+        """Numbers that are kept of every token, held or not."""
+        own = getattr(self._cost, "entry", None)
+        words, numbers = own(self.config, self.method) if own else (0, 0)
+        return math.ceil(words * WORD / self.itemsize) + int(numbers)
 
     @property
     def _cost(self) -> Any:
-        return importlib.import_module(str(self.method["eviction"].value.cost))
+        return _cost(self.method, "eviction")
 
 
 def demand_of(
@@ -261,8 +301,13 @@ def windows(config: DecoderConfig, method: Method) -> tuple[int | None, ...]:
 
 def state_of(config: DecoderConfig, method: Method, itemsize: int) -> int:
     """Bytes that a request has beside its rows."""
-    state = getattr(_cost(method), "state_bytes", None)
-    return int(state(config, method, itemsize)) if state else 0
+    read: dict[AxisName, DecoderConfig]
+    read = {"granularity": config, "eviction": method.acting(config)}
+    found = 0
+    for axis, sizes in read.items():
+        own = getattr(_cost(method, axis), "state_bytes", None)
+        found += int(own(sizes, method, itemsize)) if own else 0
+    return found
 
 
 def _mixed_windows(acting: DecoderConfig, method: Method, how: str | None) -> list[str]:
@@ -282,9 +327,9 @@ def _mixed_windows(acting: DecoderConfig, method: Method, how: str | None) -> li
     return []
 
 
-def _cost(method: Method) -> Any:
-    """The cost module of the granularity; for a server it may have `state_bytes`, `unserved`."""
-    return importlib.import_module(str(method["granularity"].value.cost))
+def _cost(method: Method, axis: AxisName) -> Any:
+    """The cost module of a choice; for a server it may have `state_bytes`, `entry`, `unserved`."""
+    return importlib.import_module(str(method[axis].value.cost))
 
 
 def problems(config: DecoderConfig, method: Method) -> list[str]:
@@ -318,7 +363,8 @@ def problems(config: DecoderConfig, method: Method) -> list[str]:
         found.append("rounding: truncate: a server must know how many rows there are: leave it out")
     if getattr(budget, "refresh", None) is not None and how == "slots":
         found.append("refresh: budgets that are divided anew cannot be served: leave it out")
-    unserved = getattr(_cost(method), "unserved", None)
-    if unserved is not None and (problem := unserved(method)):
-        found.append(problem)
+    for axis in ("granularity", "eviction"):
+        unserved = getattr(_cost(method, axis), "unserved", None)
+        if unserved is not None and (problem := unserved(method)):
+            found.append(problem)
     return found

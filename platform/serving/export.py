@@ -8,12 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kvlab import KvlabError
 from kvlab.methods.axis import Method
 from kvlab.methods.decoder.config import DecoderConfig
+from kvlab.methods.registry import from_dict
 from kvlab.platform.artifacts import whole
 from kvlab.platform.data.documents import DataError
 from kvlab.platform.data.vocabulary import end_of_text
 from kvlab.platform.jobs.checkpoint import read_config, trained_method
+from kvlab.platform.jobs.controller.supply import supplied
 from kvlab.platform.serving.demand import Unserved, problems, under
 
 ARCHITECTURE, MODEL_TYPE = "KvlabForCausalLM", "kvlab"
@@ -29,6 +32,10 @@ PLAIN_TOKENIZER = {"tokenizer_class": "PreTrainedTokenizerFast"}
 WEIGHTS = "model.safetensors"
 
 
+CONTROLLER = "controller"
+"""Where a served folder has what ADORE learned."""
+
+
 def check(source: Path, apply: Mapping[str, Any]) -> tuple[DecoderConfig, Method]:
     """Return the sizes of a model's folder, and its method under run-time choices.
 
@@ -39,6 +46,8 @@ def check(source: Path, apply: Mapping[str, Any]) -> tuple[DecoderConfig, Method
     method = under(trained_method(source), apply)
     if wrong := problems(config, method):
         raise Unserved("; ".join(wrong))
+    if lacking := method.lacks():
+        raise KvlabError(f"needs a trained {lacking}: name one (--{lacking}), see docs/adore.md")
     return config, method
 
 
@@ -54,10 +63,33 @@ def write(source: Path, apply: Mapping[str, Any], folder: Path) -> None:
     config, _ = check(source, apply)
     with whole(folder) as made:
         dtype = _weights(source, made)
-        described = {"config": config.to_dict(), "method": trained_method(source), "apply": apply}
+        described = {
+            "config": config.to_dict(),
+            "method": trained_method(source),
+            "apply": _carried(apply, made),
+        }
         text = json.dumps(description(config, described, dtype, _ends(source)), indent=2)
         (made / "config.json").write_text(text + "\n", encoding="utf-8")
         copy_tokenizer(source, made)
+
+
+def described_in(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What a served folder's config.json says of its model: "config", "method", "apply"."""
+    found = dict(raw)
+    apply = from_dict(found["apply"])
+    if getattr(apply["eviction"].params, CONTROLLER, ""):
+        found["apply"] = supplied(apply, folder / CONTROLLER).to_dict()
+    return found
+
+
+def _carried(apply: Mapping[str, Any], made: Path) -> dict[str, Any]:
+    """Copy what run-time choices refer to into a folder; return them, referring to that."""
+    method = from_dict(apply)
+    trained = getattr(method["eviction"].params, CONTROLLER, "")
+    if not trained:
+        return dict(apply)
+    shutil.copytree(trained, made / CONTROLLER)
+    return supplied(method, Path(CONTROLLER)).to_dict()
 
 
 def description(

@@ -10,6 +10,7 @@ from typing import Any
 from kvlab.methods.cost import cost_of
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.platform.serving.demand import demand_of, under
+from kvlab.platform.serving.export import described_in
 
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -23,7 +24,7 @@ def lines(folder: Path, pool: Mapping[str, int], tokens: int | None, dtype: str)
     if len(pool) < 2 or dtype not in ITEMSIZES:
         return
     raw: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
-    described = raw["kvlab"]
+    described = described_in(raw["kvlab"], folder)
     config = DecoderConfig.from_dict(dict(described["config"]))
     longest, itemsize = tokens or config.max_positions, ITEMSIZES[dtype]
     prompt = longest // 2

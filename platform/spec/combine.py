@@ -12,7 +12,7 @@ from kvlab.platform.graph import Resources
 from kvlab.platform.jobs import KINDS
 from kvlab.platform.jobs.field import Path
 from kvlab.platform.jobs.kind import Kind, Settings
-from kvlab.platform.jobs.reference import Reference
+from kvlab.platform.jobs.reference import OWN, Reference
 from kvlab.platform.spec.matrix import Combination, Unreachable, combinations
 from kvlab.platform.spec.problems import from_pydantic
 from kvlab.platform.spec.settings import ResourcesSettings, resources_of
@@ -92,10 +92,9 @@ def references_of(kind: Kind, settings: Settings) -> dict[str, tuple[Reference, 
         value: Any = settings
         for part in reference_path(kind, role):
             value = _field(value, part)
-        if isinstance(value, Reference):
-            found[role] = (value,)
-        elif value is not None:
-            found[role] = tuple(value)
+        named = (value,) if isinstance(value, Reference) else tuple(value or ())
+        if outside := tuple(reference for reference in named if reference.job != OWN):
+            found[role] = outside
     return found
 
 
@@ -107,6 +106,8 @@ def reference_path(kind: Kind, role: str) -> tuple[str, ...]:
 def _field(settings: Any, key: str) -> Any:
     if settings is None:
         return None
+    if isinstance(settings, Mapping):
+        return settings.get(key)
     for name, column in type(settings).model_fields.items():
         if key in (name, column.alias):
             return getattr(settings, name)
@@ -119,7 +120,10 @@ def reference_places(
     """Yield each reference of a role and where it is written."""
     path = (job.kind, *reference_path(KINDS[job.kind], role))
     raw: Any = variant.combination.raw
-    for part in path[1:]:
+    for number, part in enumerate(path[1:], 1):
+        if part not in raw:  # something else in the job says it
+            raw, path = None, path[:number]
+            break
         raw = raw[part]
     for index, reference in enumerate(variant.references[role]):
         below: Path = (*path, index) if isinstance(raw, list) else path

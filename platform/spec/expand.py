@@ -49,6 +49,7 @@ class Draft:
     parents: dict[str, str]
     needs: tuple[str, ...] = ()
     spec: dict[str, Any] = field(default_factory=dict)
+    arms: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def resources(self) -> Resources:
@@ -128,7 +129,7 @@ class Expansion:
         )
 
     def _add_data(self) -> None:
-        used = [j for j in self.workflow.jobs.values() if KINDS[j.kind].needs_data]
+        used = [j for j in self.workflow.jobs.values() if KINDS[j.kind].takes_data(j.raw)]
         settings = self.workflow.top.get("data")
         if not used:
             return
@@ -159,6 +160,8 @@ class Expansion:
             return
         except _Told:
             return
+        if KINDS[job.kind].spans_seeds:
+            drafts = _spanning(drafts)
         _distinct(drafts)
         if KINDS[job.kind].measured:
             drafts = _alternating(drafts)
@@ -196,16 +199,19 @@ class Expansion:
     def _paired(self, job: JobEntry, cells: Sequence[Joined]) -> Sequence[Joined]:
         """Give each model what was found of that very model, where that was looked at."""
         for role in KINDS[job.kind].reference_kinds:
+            of = f"{role.rpartition('.')[0]}.{OF}".removeprefix(".")
             own = {
-                cell.parents[OF].name
+                cell.parents[of].name
                 for cell in cells
-                if role in cell.parents and self._found_of(cell, role) == cell.parents[OF].name
+                if {role, of} <= set(cell.parents)
+                and self._found_of(cell, role) == cell.parents[of].name
             }
             cells = [
                 cell
                 for cell in cells
-                if cell.parents[OF].name not in own
-                or self._found_of(cell, role) == cell.parents[OF].name
+                if of not in cell.parents
+                or cell.parents[of].name not in own
+                or self._found_of(cell, role) == cell.parents[of].name
             ]
         return cells
 
@@ -234,7 +240,7 @@ class Expansion:
         shown += [f"{role}={name}" for role, name in tags.items()]
         shown.append(f"{SEED}={axes[SEED]}")
         parents = {role: point.name for role, point in cell.parents.items()}
-        if KINDS[job.kind].needs_data:
+        if KINDS[job.kind].takes_data(job.raw):
             parents[IMPLICIT] = IMPLICIT
         return Draft(f"{job.name}[{','.join(shown)}]", job, variant, axes, parents)
 
@@ -273,6 +279,8 @@ class Expansion:
                     checked.add(point)
                     sound &= self._check(job, draft, around)
                 draft.spec = kind.resolve(draft.settings, around)
+                if draft.arms:
+                    draft.spec["arms"] = draft.arms
             except KvlabError as error:
                 self.workflow.blame((*job.path, job.kind), str(error))
                 return False
@@ -310,6 +318,22 @@ def _alternating(drafts: Sequence[Draft]) -> list[Draft]:
     """All arms of a seed before the next seed: a slow spell of the machine then hits every arm."""
     seeds = list(dict.fromkeys(draft.axes[SEED] for draft in drafts))
     return sorted(drafts, key=lambda draft: seeds.index(draft.axes[SEED]))
+
+
+def _spanning(drafts: Sequence[Draft]) -> list[Draft]:
+    """One draft for all seeds, which builds on what each of them builds on."""
+    found: dict[str, Draft] = {}
+    for draft in drafts:
+        seed = draft.axes[SEED]
+        own = {role: name for role, name in draft.parents.items() if role != IMPLICIT}
+        axes = {key: value for key, value in draft.axes.items() if key != SEED}
+        first = found.setdefault(label(axes), draft)
+        first.arms.append({"seed": seed, "parents": own})
+        first.needs = tuple(dict.fromkeys((*first.needs, *own.values())))
+    for draft in found.values():
+        draft.name = draft.name.replace(f"{SEED}={draft.axes[SEED]}]", "]").replace("[]", "")
+        draft.name = draft.name.replace(",]", "]")
+    return list(found.values())
 
 
 def _distinct(drafts: Sequence[Draft]) -> None:

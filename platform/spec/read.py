@@ -111,6 +111,8 @@ def _cells(
     for draft in drafts:
         identity, parts = _identity(draft, identities, machine) if identified else ("", {})
         identities[draft.name] = identity
+        if KINDS[draft.job.kind].inline:  # what it starts may be measured
+            draft.spec["machine"] = list(machine)
         cells.append(
             Cell(
                 name=draft.name,

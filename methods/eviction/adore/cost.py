@@ -11,8 +11,8 @@ from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.eviction.adore.params import AdoreParams
 from kvlab.methods.eviction.adore.sizes import ControllerConfig, config_of
 
-ID, SCORE = 4, 4
-"""Bytes of a token's id, int32, and of its score, float32."""
+WORD = 4
+"""Bytes of a token's id, int32, and of a score, float32."""
 
 
 def rows(config: DecoderConfig, method: Method, layer: int, tokens: int, prompt: int) -> float:
@@ -32,8 +32,13 @@ def voters(config: DecoderConfig, method: Method, prompt: int) -> int:
 
 def beside(config: DecoderConfig, method: Method) -> float:
     """Rows that go through all layers beside that of a decode step, on average."""
+    return most_beside(config, method) / _params(method).every
+
+
+def most_beside(config: DecoderConfig, method: Method) -> int:
+    """The most that there are in one step."""
     params = _params(method)
-    return params.rebuild / params.every if params.source == "recompute" else 0.0
+    return params.rebuild if params.source == "recompute" else 0
 
 
 def logged_bytes(config: DecoderConfig, method: Method, tokens: int, itemsize: int) -> float:
@@ -48,12 +53,34 @@ def logged_bytes(config: DecoderConfig, method: Method, tokens: int, itemsize: i
         offloaded = known * itemsize * width * len(config.kv_layers)
     else:
         offloaded = 0
+    words, numbers = entry(config, method)
+    each = WORD * words + itemsize * numbers
+    return known * each + state_bytes(config, method, itemsize) + offloaded
+
+
+def entry(config: DecoderConfig, method: Method) -> tuple[int, int]:
+    """What is kept of every token: words of 32 bits, and numbers of the model's own type."""
+    params = _params(method)
     layers = len(config.kv_layers) if params.per == "layer" else 1
     if params.scores == "rule":
-        return known * (ID + 2 * SCORE * layers) + offloaded
-    sizes = _sizes(params, config)
-    log = ID + SCORE * layers + sizes.remembered * itemsize
-    return known * log + 4 * sizes.hidden + offloaded
+        return 1 + 2 * layers, 0
+    return 1 + layers, _sizes(params, config).remembered
+
+
+def state_bytes(config: DecoderConfig, method: Method, itemsize: int) -> int:
+    """Bytes that a sequence has beside its tokens: the controller's state."""
+    params = _params(method)
+    return 0 if params.scores == "rule" else WORD * _sizes(params, config).hidden
+
+
+def unserved(method: Method) -> str | None:
+    """Say what a server cannot do."""
+    params = _params(method)
+    if params.readmit:
+        return "readmit: what was released cannot come back on a server: leave it out"
+    if params.source == "offload" and params.rebuild:
+        return "source: offload: a server keeps nothing on the host: leave it out"
+    return None
 
 
 def step_flops(config: DecoderConfig, method: Method, context: int) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from kvlab.methods.axis import Method, Range, Value
+from kvlab.methods.cache.sources import BY_RANK
 from kvlab.methods.decoder.config import DecoderConfig
 
 Per = Literal["model", "layer"]
@@ -94,6 +95,7 @@ ENTRY = Value(
     needs=lambda params: (
         "controller" if params.scores == "controller" and not params.controller else None
     ),
+    served=lambda params: "slots",
     observes_all=True,  # attention received does; a controller would not
-    sources=("kvlab.methods.eviction.adore",),
+    sources=("kvlab.methods.eviction.adore", *BY_RANK),
 )

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kvlab import KvlabError
-from kvlab.methods.cache.interface import Cache
+from kvlab.methods.budget.budget import Budget
 from kvlab.methods.cache.opening import Opening
 from kvlab.methods.cache.ranking import Ranking, Rows
 from kvlab.methods.eviction.adore.controller import Controller, load
 from kvlab.methods.eviction.adore.params import AdoreParams
 from kvlab.methods.eviction.adore.scores import ControllerScores, MassScores, Scores
+
+if TYPE_CHECKING:
+    from kvlab.methods.cache.evicting import EvictingCache
+    from kvlab.methods.cache.pool import PoolCache
 
 
 class Adore(Ranking):
@@ -33,10 +38,15 @@ class Adore(Ranking):
     def by_layer(self) -> bool:  # type: ignore[override]
         return self.params.per == "layer"
 
-    def open(self, opening: Opening) -> Cache:
+    def open(self, opening: Opening, budget: Budget | None = None) -> EvictingCache:
         from kvlab.methods.eviction.adore.cache import AdoreCache
 
-        return AdoreCache(self, opening, self.scores(opening))
+        return AdoreCache(Adore(self.params), opening, self.scores(opening), budget)
+
+    def pooled(self) -> type[PoolCache]:
+        from kvlab.methods.eviction.adore.pool import AdorePool
+
+        return AdorePool
 
     def scores(self, opening: Opening) -> Scores:
         """Return who scores, as the params say.

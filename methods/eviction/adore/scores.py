@@ -29,12 +29,27 @@ class Scores(ABC):
         rows: positions that there may be; one more takes what is padding.
         layers: KV layers, in order, that are scored each for itself; 1: all alike.
         wants_mass: `credit` is to be called.
+        kept: scores [layers, B, rows + 1] float32 that it adds to, beside those that count now.
+        memory: [B, rows + 1, n], what it keeps of every token; state: [B, h] float32, of all.
     """
 
     wants_mass = False
 
-    def __init__(self, batch: int, rows: int, layers: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        batch: int,
+        rows: int,
+        layers: int,
+        device: torch.device,
+        *,
+        memory: int = 0,
+        dtype: torch.dtype = torch.float32,
+        state: int = 0,
+    ) -> None:
         self.rows, self.layers, self.device = rows, layers, device
+        self.kept: list[Tensor] = []
+        self.memory = torch.zeros(batch, rows + 1, memory, device=device, dtype=dtype)
+        self.state = torch.zeros(batch, state, device=device)
 
     @abstractmethod
     def see(self, fresh: Fresh) -> None:
@@ -62,9 +77,10 @@ class Scores(ABC):
         Args: layer: its number among `layers`.
         """
 
-    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """What a saved cache keeps of it: the live tensors."""
+        kept = {f"kept.{i}": scores for i, scores in enumerate(self.kept)}
+        return {**kept, "memory": self.memory, "state": self.state}
 
     def shared_bytes(self) -> int:
         """Bytes that do not grow with the batch: weights."""
@@ -85,40 +101,35 @@ class ControllerScores(Scores):
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        super().__init__(batch, rows, controller.config.layers, device)
         c = controller.config
+        super().__init__(
+            batch, rows, c.layers, device, memory=c.remembered, dtype=dtype, state=c.hidden
+        )
         self._controller = controller
-        self._state = torch.zeros(batch, c.hidden, device=device)
-        self._key = torch.zeros(batch, rows + 1, c.hidden, device=device, dtype=dtype)
-        self._address = torch.zeros(batch, rows + 1, c.match, device=device, dtype=dtype)
 
     def see(self, fresh: Fresh) -> None:
-        z = self._controller.states(fresh.embedded, self._state)
-        memory = self._controller.remember(z)
-        for kept, came in zip((self._key, self._address), memory, strict=True):
-            place = fresh.positions.unsqueeze(-1).expand_as(came)
-            kept.scatter_(1, place, came.to(kept.dtype))
+        z = self._controller.states(fresh.embedded, self.state)
+        came = torch.cat(self._controller.remember(z), dim=-1).to(self.memory.dtype)
+        self.memory.scatter_(1, fresh.positions.unsqueeze(-1).expand_as(came), came)
         last = (fresh.counts - 1).clamp_min(0)[:, None, None].expand(-1, 1, z.shape[-1])
         any_came = (fresh.counts > 0).unsqueeze(-1)
-        self._state.copy_(torch.where(any_came, z.gather(1, last)[:, 0], self._state))
+        self.state.copy_(torch.where(any_came, z.gather(1, last)[:, 0], self.state))
 
     def every(self, count: int, newest: Tensor) -> Tensor:
         places = torch.arange(count, device=self.device).unsqueeze(0)
-        memory = Memory(self._key[:, :count], self._address[:, :count])
+        memory = self.memory[:, :count]
         return self._score(memory, places, newest, slice(None)).transpose(0, 1)
 
     def of(self, layer: int, positions: Tensor, newest: Tensor) -> Tensor:
-        memory = Memory(_at(self._key, positions), _at(self._address, positions))
+        memory = at(self.memory, positions)
         return self._score(memory, positions, newest, slice(layer, layer + 1))[:, 0]
 
-    def _score(self, memory: Memory, positions: Tensor, newest: Tensor, layers: slice) -> Tensor:
+    def _score(self, memory: Tensor, positions: Tensor, newest: Tensor, layers: slice) -> Tensor:
         """[B, L, S]."""
-        memory = Memory(memory.key.float(), memory.address.float())
-        z = self._state.unsqueeze(1)
-        return self._controller.logits(memory, z, positions, newest, layers)[:, :, 0]
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"state": self._state, "key": self._key, "address": self._address}
+        c = self._controller.config
+        parts = Memory(*torch.split(memory.float(), [c.hidden, c.match], dim=-1))
+        z = self.state.unsqueeze(1)
+        return self._controller.logits(parts, z, positions, newest, layers)[:, :, 0]
 
     def shared_bytes(self) -> int:
         return self._controller.nbytes()
@@ -132,6 +143,7 @@ class MassScores(Scores):
     def __init__(self, batch: int, rows: int, layers: int, device: torch.device) -> None:
         super().__init__(batch, rows, layers, device)
         self._mass = torch.zeros(layers, batch, rows + 1, device=device)
+        self.kept = [self._mass]
 
     def see(self, fresh: Fresh) -> None:
         """It knows no token before it was read."""
@@ -145,10 +157,7 @@ class MassScores(Scores):
     def of(self, layer: int, positions: Tensor, newest: Tensor) -> Tensor:
         return self._mass[layer].gather(1, positions)
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {"mass": self._mass}
 
-
-def _at(kept: Tensor, positions: Tensor) -> Tensor:
+def at(kept: Tensor, positions: Tensor) -> Tensor:
     """Gather [B, rows, D] at positions [B, S]."""
     return kept.gather(1, positions.unsqueeze(-1).expand(-1, -1, kept.shape[-1]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvlab.methods.axis import Value
+from kvlab.methods.cache.sources import BY_NUMBER
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,5 +23,5 @@ ENTRY = Value(
     default=True,
     consumes=("precision",),
     served=lambda params: "paged",
-    sources=("kvlab.methods.eviction.full",),
+    sources=("kvlab.methods.eviction.full", *BY_NUMBER),
 )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from kvlab.methods.axis import Range, Value
+from kvlab.methods.cache.sources import BY_RANK
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,5 +37,5 @@ ENTRY = Value(
     scores=True,
     observes_all=True,
     served=lambda params: "slots",
-    sources=("kvlab.methods.eviction.h2o",),
+    sources=("kvlab.methods.eviction.h2o", *BY_RANK),
 )

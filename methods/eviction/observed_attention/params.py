@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvlab.methods.axis import Value
+from kvlab.methods.cache.sources import BY_RANK
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,5 +25,5 @@ ENTRY = Value(
     scores=True,
     observes_all=True,
     served=lambda params: "slots",
-    sources=("kvlab.methods.eviction.observed_attention",),
+    sources=("kvlab.methods.eviction.observed_attention", *BY_RANK),
 )

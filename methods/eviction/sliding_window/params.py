@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from kvlab.methods.axis import Method, Range, Value
+from kvlab.methods.cache.sources import BY_NUMBER, BY_RANK
 from kvlab.methods.decoder.config import DecoderConfig
 
 
@@ -41,5 +42,5 @@ ENTRY = Value(
     composes=composes,
     least=lambda params: 1 if params.window is None else 0,
     served=lambda params: "slots" if params.window is None else "paged",
-    sources=("kvlab.methods.eviction.sliding_window",),
+    sources=("kvlab.methods.eviction.sliding_window", *BY_NUMBER, *BY_RANK),
 )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from kvlab.methods.axis import Range, Value
+from kvlab.methods.cache.sources import BY_RANK
 from kvlab.methods.decoder.config import DecoderConfig
 
 
@@ -53,5 +54,5 @@ ENTRY = Value(
     scores=True,
     observes_all=True,
     served=lambda params: "slots",
-    sources=("kvlab.methods.eviction.snapkv",),
+    sources=("kvlab.methods.eviction.snapkv", *BY_RANK),
 )

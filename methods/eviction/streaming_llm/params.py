@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from kvlab.methods.axis import Range, Value
+from kvlab.methods.cache.sources import BY_RANK
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,5 +37,5 @@ ENTRY = Value(
     grows=lambda params: params.generated == "keep",
     least=lambda params: params.sinks + 1,
     served=lambda params: "slots",
-    sources=("kvlab.methods.eviction.streaming_llm",),
+    sources=("kvlab.methods.eviction.streaming_llm", *BY_RANK),
 )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from kvlab.methods.axis import Range, Value
+from kvlab.methods.cache.sources import BY_RANK
 from kvlab.methods.decoder.config import DecoderConfig
 
 
@@ -67,5 +68,6 @@ ENTRY = Value(
     cost="kvlab.methods.precision.kivi.cost",
     paper="2402.02750",
     check=check,
-    sources=("kvlab.methods.precision.kivi",),
+    # A row's number alone does not find it, so that even the full cache ranks.
+    sources=("kvlab.methods.precision.kivi", *BY_RANK),
 )

@@ -18,7 +18,7 @@ from kvlab.platform.jobs.method import MethodField, axis_sources, canonical, com
 from kvlab.platform.jobs.model import MODEL_SOURCES, lineage, method_of
 from kvlab.platform.jobs.quantities import Bytes
 from kvlab.platform.jobs.reference import Many, One
-from kvlab.platform.jobs.served import distribution, unserved
+from kvlab.platform.jobs.served import SERVER_SOURCES, distribution, unserved
 
 BatchSize = Annotated[int, Field(ge=1, le=65536)]
 
@@ -94,7 +94,8 @@ class Benchmark(Kind):
 
     def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
         return (
-            *(("kvlab.platform.serving",) if spec.get("engine") == "vllm" else ()),
+            *(SERVER_SOURCES if spec.get("engine") == "vllm" else ()),
+            "kvlab.methods.budget.cost",
             "kvlab.platform.jobs.checkpoint",
             "kvlab.platform.jobs.benchmark",
             "kvlab.platform.jobs.dtype",

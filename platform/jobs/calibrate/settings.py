@@ -10,7 +10,6 @@ from pydantic import Field, model_validator
 from kvlab.platform.jobs.dtype import Dtype, dtype_of
 from kvlab.platform.jobs.field import nested
 from kvlab.platform.jobs.kind import Kind, Parent, Prediction, References, Settings, Surroundings
-from kvlab.platform.jobs.method import axis_sources
 from kvlab.platform.jobs.model import MODEL_SOURCES, beyond_positions, lineage, method_of
 from kvlab.platform.jobs.reference import Many
 
@@ -96,12 +95,12 @@ class Calibrate(Kind):
     def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
         return (
             "kvlab.methods.budget",
+            "kvlab.methods.cache.importance",
             "kvlab.platform.data.corpus",
             "kvlab.platform.jobs.calibrate",
             "kvlab.platform.jobs.dtype",
             "kvlab.platform.jobs.evaluate.windows",
             *MODEL_SOURCES,
-            *axis_sources(method_of({})),
         )
 
     def predict(self, spec: Mapping[str, Any], parents: Mapping[str, Parent]) -> Prediction:

@@ -18,7 +18,7 @@ from kvlab.platform.jobs.method import MethodField, axis_sources, canonical, com
 from kvlab.platform.jobs.model import MODEL_SOURCES, beyond_positions, lineage, method_of
 from kvlab.platform.jobs.quantities import Count
 from kvlab.platform.jobs.reference import Many, One
-from kvlab.platform.jobs.served import distribution, unserved
+from kvlab.platform.jobs.served import SERVER_SOURCES, distribution, unserved
 
 Metric = Literal["perplexity", "loss_by_position", "divergence", "recall", "multi_turn"]
 Task = Literal["passkey", "associative_recall"]
@@ -134,11 +134,7 @@ class Evaluate(Kind):
 
     def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
         return (
-            *(
-                ("kvlab.platform.jobs.checkpoint", "kvlab.platform.serving")
-                if spec.get("engine") == "vllm"
-                else ()
-            ),
+            *(SERVER_SOURCES if spec.get("engine") == "vllm" else ()),
             "kvlab.platform.data.corpus",
             "kvlab.platform.jobs.dtype",
             "kvlab.platform.jobs.evaluate",

@@ -18,7 +18,7 @@ from kvlab.platform.jobs.method import MethodField, axis_sources, canonical, com
 from kvlab.platform.jobs.model import MODEL_SOURCES, lineage, method_of
 from kvlab.platform.jobs.quantities import Bytes
 from kvlab.platform.jobs.reference import Many, One
-from kvlab.platform.jobs.served import distribution, unserved
+from kvlab.platform.jobs.served import SERVER_SOURCES, distribution, unserved
 
 Rate = Annotated[float, Field(gt=0, le=100_000)]
 Tokens = Annotated[int, Field(ge=1, le=2**20)]
@@ -126,11 +126,10 @@ class ServeBenchmark(Kind):
     def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
         return (
             "kvlab.platform.jobs.benchmark",
-            "kvlab.platform.jobs.checkpoint",
             "kvlab.platform.jobs.dtype",
             "kvlab.platform.jobs.memory",
             "kvlab.platform.jobs.serve_benchmark",
-            "kvlab.platform.serving",
+            *SERVER_SOURCES,
             *MODEL_SOURCES,
             *axis_sources(method_of(spec["apply"])),
             *given.sources(spec),

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from kvlab.methods.axis import Method
+from kvlab.methods.axis import TRAIN_TIME, Method
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.platform.jobs.checkpoint import trained_method, written
 from kvlab.platform.jobs.field import nested
@@ -30,6 +30,7 @@ INCIDENTAL = frozenset({"checkpoint_every", "log_every", "parallel"})
 """How often to save and to log, and how a gang divides its memory, change no weight."""
 
 TRAINING_SOURCES = (
+    "kvlab.methods.eviction.full.cost",
     "kvlab.platform.data.corpus",
     "kvlab.platform.jobs.flops",
     "kvlab.platform.jobs.memory",
@@ -118,7 +119,7 @@ class Train(Kind):
             *TRAINING_SOURCES,
             *MODEL_SOURCES,
             *(CHECKPOINT_SOURCES if "checkpoint" in spec["model"] else ()),
-            *axis_sources(method_of(spec["method"])),
+            *axis_sources(method_of(spec["method"]), TRAIN_TIME),
         )
 
     def predict(self, spec: Mapping[str, Any], parents: Mapping[str, Parent]) -> Prediction:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from kvlab.methods.axis import TRAIN_TIME
 from kvlab.platform.jobs.kind import Kind, Parent, Prediction, References, Settings, Surroundings
 from kvlab.platform.jobs.method import axis_sources, canonical, uptrained
 from kvlab.platform.jobs.model import MODEL_SOURCES, lineage, method_of
@@ -117,7 +118,7 @@ class Uptrain(Kind):
             *(("kvlab.methods.eviction.adore.labels",) if "sparse" in spec else ()),
             *TRAINING_SOURCES,
             *MODEL_SOURCES,
-            *axis_sources(method_of(spec["method"])),
+            *axis_sources(method_of(spec["method"]), TRAIN_TIME),
         )
 
     def libraries(self, spec: Mapping[str, Any]) -> tuple[str, ...]:

@@ -51,14 +51,18 @@ class ArenaSpec(AttentionSpec):
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         # Runner V1 looks every token's block up all the same, and uses it for nothing.
-        return max(self.demand.most_blocks(max_len), -(-max_len // self.demand.block_size))
+        most = max(self.demand.most_blocks(max_len), -(-max_len // self.demand.block_size))
+        return 1 + most
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         return all(spec == self for spec in kv_cache_specs.values())
 
 
 class ArenaManager(SingleTypeKVCacheManager):
-    """Gives a request all blocks that it will ever need, as the first of its tokens come."""
+    """Gives a request all blocks that it will ever need, as the first of its tokens come.
+
+    Before them in its table stands how many tokens it will have at most: the worker cannot know.
+    """
 
     kv_cache_spec: ArenaSpec
 
@@ -77,17 +81,19 @@ class ArenaManager(SingleTypeKVCacheManager):
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, *args: Any, **named: Any
     ) -> int:
-        held = len(self.req_to_blocks.get(request_id, ()))
-        return max(0, self._wanted(request_id, num_tokens) - held)
+        if self.req_to_blocks.get(request_id):
+            return 0
+        return self.kv_cache_spec.demand.blocks(*self._sizes(request_id, num_tokens))
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         held = self.req_to_blocks[request_id]
-        missing = self._wanted(request_id, num_tokens) - len(held)
-        if missing <= 0:
+        if held:
             return []
-        found: list[KVCacheBlock] = self.block_pool.get_new_blocks(missing)
+        prompt, end = self._sizes(request_id, num_tokens)
+        given = self.block_pool.get_new_blocks(self.kv_cache_spec.demand.blocks(prompt, end))
+        found = [KVCacheBlock(end, is_null=True), *given]
         held.extend(found)
         return found
 
@@ -95,11 +101,9 @@ class ArenaManager(SingleTypeKVCacheManager):
         super().free(request_id)
         self._expected.pop(request_id, None)
 
-    def _wanted(self, request_id: str, tokens: int) -> int:
-        if held := self.req_to_blocks.get(request_id):
-            return len(held)
-        prompt, longest = self._expected.get(request_id, (tokens, self.kv_cache_spec.longest))
-        return self.kv_cache_spec.demand.blocks(prompt, longest)
+    def _sizes(self, request_id: str, tokens: int) -> tuple[int, int]:
+        """Tokens of a request's prompt, and at its end."""
+        return self._expected.get(request_id, (tokens, self.kv_cache_spec.longest))
 
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
         return 0
@@ -148,13 +152,15 @@ class ArenaBuilder(AttentionMetadataBuilder[Batch]):
         going = (rows == 1) & ~new
         if bool(((rows > 0) & ~new & ~going).any()):
             raise KvlabError("a prompt came in parts: kvlab's cache needs it whole")
-        blocks = step.block_table_tensor[:count].long()
+        table = step.block_table_tensor[:count].long()
+        ends, blocks = table[:, 0], table[:, 1:]
         first = new.nonzero()[:, 0]
         spans = zip(starts[first].tolist(), starts[first + 1].tolist(), strict=True)
         device = blocks.device
         return Batch(
             tuple(slice(begun, ended) for begun, ended in spans),
             starts[:-1][going].long().to(device, non_blocking=True),
+            ends[first.to(device)],
             blocks[first.to(device)],
             blocks[going.nonzero()[:, 0].to(device)],
             int(step.max_seq_len),

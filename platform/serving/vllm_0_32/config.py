@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PretrainedConfig
@@ -10,6 +11,7 @@ from transformers import PretrainedConfig
 from kvlab import KvlabError
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.platform.serving.demand import SLOTS_OF_A_BLOCK, Demand, Slots, demand_of
+from kvlab.platform.serving.export import described_in
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -27,6 +29,12 @@ class KvlabConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
         super().__init__(**rest)
 
 
+def described(vllm_config: VllmConfig) -> dict[str, Any]:
+    """What the folder that an engine runs says of its model."""
+    model = vllm_config.model_config
+    return described_in(model.hf_config.kvlab, Path(model.model))
+
+
 def demand(vllm_config: VllmConfig) -> Demand:
     """What the model of an engine takes of its pool.
 
@@ -35,14 +43,13 @@ def demand(vllm_config: VllmConfig) -> Demand:
     """
     import torch
 
-    model = vllm_config.model_config
-    described = model.hf_config.kvlab
-    config = DecoderConfig.from_dict(dict(described["config"]))
+    found = described(vllm_config)
+    config = DecoderConfig.from_dict(dict(found["config"]))
     return demand_of(
         config,
-        described["method"],
-        described["apply"],
-        itemsize=torch.empty(0, dtype=model.dtype).element_size(),
+        found["method"],
+        found["apply"],
+        itemsize=torch.empty(0, dtype=vllm_config.model_config.dtype).element_size(),
         block_size=SLOTS_OF_A_BLOCK,
         in_flight=vllm_config.scheduler_config.max_num_batched_tokens,
     )
@@ -68,7 +75,8 @@ class Settle:
         scheduler.enable_chunked_prefill = False
         scheduler.long_prefill_token_threshold = 0  # it cuts prompts too
         longest = vllm_config.model_config.max_model_len
-        scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, longest)
+        at_once = scheduler.max_num_seqs * (1 + found.beside if isinstance(found, Slots) else 1)
+        scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, longest, at_once)
         vllm_config.cache_config.enable_prefix_caching = False
         if isinstance(found, Slots):
             scheduler.scheduler_cls = f"{__package__}.arena.ArenaScheduler"
@@ -106,7 +114,6 @@ def _upward(vllm_config: VllmConfig) -> bool:
     """Whether layers read keys from above them: a prompt is then run in passes, as a whole."""
     from kvlab.methods.registry import from_dict
 
-    described = vllm_config.model_config.hf_config.kvlab
-    config = DecoderConfig.from_dict(dict(described["config"]))
-    acting = from_dict(described["method"]).acting(config)
-    return acting.upward
+    found = described(vllm_config)
+    config = DecoderConfig.from_dict(dict(found["config"]))
+    return from_dict(found["method"]).acting(config).upward

@@ -138,7 +138,7 @@ class Engine:
         return {
             "vllm": version(),
             "model": type(self._worker().get_model()).__name__,
-            "runner": type(self._worker()).__name__,
+            "runner": "V2" if config.use_v2_model_runner else "V1",
             "layouts": sorted({type(group.kv_cache_spec).__name__ for group in groups}),
             "scheduler": type(self._core.scheduler).__name__,
             "dtype": str(config.model_config.dtype).removeprefix("torch."),

@@ -13,14 +13,13 @@ from vllm.forward_context import get_forward_context
 from kvlab import KvlabError
 from kvlab.kernels.attention import Rule
 from kvlab.methods.build import build
-from kvlab.methods.cache.pool import PoolCache, Space
 from kvlab.methods.cache.ragged import Batch, RaggedCache
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.prefill.params import prefill_of
 from kvlab.methods.registry import from_dict
 from kvlab.platform.serving.demand import Paged, Slots, under
 from kvlab.platform.serving.vllm_0_32.arena import Arena
-from kvlab.platform.serving.vllm_0_32.config import demand
+from kvlab.platform.serving.vllm_0_32.config import demand, described
 from kvlab.platform.serving.vllm_0_32.linear import pack
 from kvlab.platform.serving.vllm_0_32.paged import PagedCache, prompts_of
 
@@ -32,13 +31,14 @@ class KvlabForCausalLM(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        described = vllm_config.model_config.hf_config.kvlab
-        config = DecoderConfig.from_dict(dict(described["config"]))
-        self.model = build(config, from_dict(described["method"]))
+        found = described(vllm_config)
+        config = DecoderConfig.from_dict(dict(found["config"]))
+        self.model = build(config, from_dict(found["method"]))
         self.demand = demand(vllm_config)
-        self.method = under(described["method"], described["apply"])
+        self.method = under(found["method"], found["apply"])
         self.longest = int(vllm_config.model_config.max_model_len)
-        self.passes = prefill_of(from_dict(described["apply"])).passes
+        self.requests = int(vllm_config.scheduler_config.max_num_seqs)
+        self.passes = prefill_of(from_dict(found["apply"])).passes
         self.attention = nn.ModuleList()
         self.arena: Arena | None = None
         self._cache: RaggedCache | None = None
@@ -116,28 +116,34 @@ class KvlabForCausalLM(nn.Module):
             found = self.arena.demand
             eviction = self.method["eviction"]
             slots = eviction.value.load()(eviction.params).in_slots()
-            state = found.state // found.itemsize
-            limit = -(-self.longest // found.span) + 1
-            space = Space(found.width, found.block_size, found.head, state, limit, found.slots)
-            self._cache = PoolCache(
-                found.config, self.method, slots, pool, space, self.model.rotation
+            self._cache = slots.ranking.pooled()(
+                found.config, self.method, slots, pool, found.space(), self.model.rotation
             )
         return self._cache
 
     def _idle(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Run rows without a past, as vLLM does to see how much memory a step takes.
 
-        Where prompts are kept until they were cut, so are their keys and values here.
+        Where prompts are kept until they were cut, so are their keys and values here; and beside
+        them what a step of as many requests as may run takes of its own.
         """
         cache = _Idle()
+        if isinstance(self.demand, Slots):
+            numbers = self.requests * self.demand.gathered(self.longest)
+            cache.beside = torch.empty(numbers, dtype=torch.get_default_dtype(), device=ids.device)
         nothing = torch.empty(0, 1, dtype=torch.long, device=ids.device)
         rows = torch.empty(0, dtype=torch.long, device=ids.device)
-        cache.begin(Batch((slice(0, len(ids)),), rows, nothing, nothing, len(ids)))
+        cache.begin(Batch((slice(0, len(ids)),), rows, rows, nothing, nothing, len(ids)))
         return self.model.serve(ids, positions, cache, self.passes)
 
 
 class _Idle(RaggedCache):
-    """Attends to nothing and keeps what it is given, which is what a prompt takes at most."""
+    """Attends to nothing and keeps what it is given, which is what a prompt takes at most.
+
+    Attributes: beside: memory that is held meanwhile.
+    """
+
+    beside: Tensor | None = None
 
     def __init__(self) -> None:
         self._held: dict[int, tuple[Tensor, Tensor]] = {}
@@ -160,4 +166,5 @@ class _Idle(RaggedCache):
 
 def _paged_batch(ids: Tensor, layer: str) -> Batch:
     nothing = torch.empty(0, 1, dtype=torch.long, device=ids.device)
-    return Batch(prompts_of(layer), nothing[:, 0], nothing, nothing, 0)
+    none = nothing[:, 0]
+    return Batch(prompts_of(layer), none, none, nothing, nothing, 0)

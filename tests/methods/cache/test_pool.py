@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvlab.methods.axis import Method
 from kvlab.methods.build import build
-from kvlab.methods.cache.pool import PoolCache, Space
 from kvlab.methods.cache.ragged import Batch
 from kvlab.methods.decoder.config import DecoderConfig, llama
 from kvlab.methods.model import LanguageModel
@@ -35,6 +35,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "squeeze": {"h2o": {}, "squeeze_attention": {"tokens": 8}},
     "squeeze_streaming": {"streaming_llm": {}, "squeeze_attention": {"share": 0.5, "p": 0.5}},
     "pyramidkv": {"snapkv": {"window": 3}, "pyramidkv": {"tokens": 8}},
+}
+ADORE: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "release_alone": {"rebuild": 0},
+    "refresh": {"refresh": 3},
+    "every": {"every": 2, "threshold": 0.5},
+    "context": {"rebuild": 6, "context": 2},
+    "rule": {"scores": "rule"},
+    "per_layer": {"per": "layer"},
+    "per_layer_rule": {"per": "layer", "scores": "rule", "refresh": 2},
 }
 
 
@@ -69,17 +79,9 @@ class Engine:
         slots = method["eviction"].value.load()(method["eviction"].params).in_slots()
         blocks = 1000
         self.pool = torch.full((blocks * BLOCK, demand.width), float("nan"), dtype=torch.float64)
-        space = Space(
-            demand.width,
-            BLOCK,
-            demand.head,
-            demand.state // size,
-            LIMIT // method.span(),
-            demand.slots,
+        self.cache = slots.ranking.pooled()(
+            demand.config, method, slots, self.pool, demand.space(), model.rotation
         )
-        self.cache = PoolCache(
-            demand.config, method, slots, self.pool, space, model.rotation
-        )  # fmt: skip
         self.free = torch.randperm(
             blocks - 1, generator=torch.Generator().manual_seed(3)
         ).add(1).tolist()  # fmt: skip
@@ -106,7 +108,8 @@ class Engine:
             else:
                 rows.append(begun)
         batch = Batch(
-            tuple(prompts), torch.tensor(rows, dtype=torch.long), self.table(new),
+            tuple(prompts), torch.tensor(rows, dtype=torch.long),
+            torch.tensor([self.longest] * len(new)), self.table(new),
             self.table(going), max(self.seen.values()),
         )  # fmt: skip
         self.counting = Counting()
@@ -132,9 +135,9 @@ def model_of(method: Method, **sizes: Any) -> LanguageModel:
     return build(config, method).double().eval()
 
 
-def played(model: LanguageModel, apply: dict[str, Any]) -> None:
+def played(model: LanguageModel, apply: dict[str, Any], longest: int = LIMIT) -> Engine:
     """Requests come, go and are of all lengths; each gives what it gives by itself."""
-    engine = Engine(model, apply)
+    engine = Engine(model, apply, longest)
     draw = torch.Generator().manual_seed(1)
     lengths = {"a": 23, "b": 9, "c": 15, "d": 1, "e": 30}
     prompts = {
@@ -155,18 +158,60 @@ def played(model: LanguageModel, apply: dict[str, Any]) -> None:
             if name in new:
                 ids = torch.tensor([prompts[name]])
                 asked = resolve(apply)
-                after = LIMIT - len(prompts[name])
+                after = longest - len(prompts[name])
                 sessions[name] = model.start(ids, new_tokens=after, apply=asked)
                 wanted = sessions[name].logits
             else:
                 wanted = sessions[name].step(torch.tensor([following[name]]))
             torch.testing.assert_close(logits, wanted[0], atol=1e-6, rtol=0, msg=f"{name} {number}")
             following[name] = int(logits.argmax())
+    return engine
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_requests_are_what_they_are_alone(name: str) -> None:
     played(model_of(resolve({})), METHODS[name])
+
+
+def adore(controllers: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the controller that they need."""
+    if settings.get("scores") == "rule":
+        return settings
+    return {"controller": str(controllers / settings.get("per", "model")), **settings}
+
+
+@pytest.mark.parametrize("name", ["h2o", "snapkv"])
+@pytest.mark.parametrize("budget", ["uniform", "squeeze_attention", "pyramidkv"])
+def test_what_outgrows_a_request_takes_no_room(name: str, budget: str) -> None:
+    """Budgets above what a request can ever have, or in some layers alone, end with it."""
+    for tokens, longest in ((400, 48), (40, 48)):
+        apply = {name: METHODS[name][name], budget: {"tokens": tokens}}
+        engine = played(model_of(resolve({})), apply, longest)
+        assert engine.demand.blocks(20, longest) <= -(-3 * (longest + 1) // BLOCK)
+
+
+def test_a_request_shorter_than_the_least_budget() -> None:
+    engine = Engine(model_of(resolve({})), METHODS["streaming_llm"], longest=3)
+    engine.step({"a": [5]}, {})
+    engine.step({}, {"a": 7})
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [{"uniform": {"tokens": 6}}, {"per_layer": {"tokens": [9, 5, 7]}},
+     {"squeeze_attention": {"tokens": 8}}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("name", ADORE)
+def test_logs_of_all_tokens(controllers: Path, name: str, budget: dict[str, Any]) -> None:
+    played(model_of(resolve({})), {"adore": adore(controllers, ADORE[name]), **budget})
+
+
+@pytest.mark.parametrize("name", ["plain", "per_layer_rule"])
+def test_logs_where_layers_share_or_have_windows(controllers: Path, name: str) -> None:
+    apply = {"adore": adore(controllers, ADORE[name]), "uniform": {"tokens": 6}}
+    played(model_of(resolve({}), windows=(5, None, 9)), apply)
+    played(model_of(resolve({"cla": {}}), layers=6), apply)
 
 
 @pytest.mark.parametrize("name", ["sliding_window", "h2o", "snapkv", "squeeze"])
@@ -194,16 +239,22 @@ def test_blocks(apply: dict[str, Any], prefix: int) -> None:
     played(model_of(method, layers=4), apply)
 
 
-@pytest.mark.parametrize("name", [*METHODS, "blocks"])
-def test_a_step_takes_as_many_operations_for_64_requests_as_for_4(name: str) -> None:
+@pytest.mark.parametrize("name", [*METHODS, *ADORE, "blocks"])
+def test_a_step_takes_as_many_operations_for_64_requests_as_for_4(
+    controllers: Path, name: str
+) -> None:
     blocks = name == "blocks"
     method = resolve({"block_transformer": {"block_length": 4}} if blocks else {})
     model = model_of(method, layers=4 if blocks else 3)
-    engine = Engine(model, {} if blocks else METHODS[name], longest=12)
+    apply = METHODS.get(name, {})
+    if name in ADORE:
+        apply = {"adore": adore(controllers, ADORE[name]), "uniform": {"tokens": 6}}
+    engine = Engine(model, apply, longest=14)
     draw = torch.Generator().manual_seed(0)
     every = [f"r{i}" for i in range(64)]
     for name_ in every:
         engine.step({name_: torch.randint(1, VOCABULARY, (9,), generator=draw).tolist()}, {})
+    engine.step({}, dict.fromkeys(every, 5))  # where only every second step rebuilds
     counts = []
     for some in (every[:4], every):
         engine.step({}, dict.fromkeys(some, 5))

@@ -11,6 +11,8 @@ import torch
 
 from kvlab.methods.build import build
 from kvlab.methods.decoder.config import DecoderConfig, llama
+from kvlab.methods.eviction.adore.controller import Controller
+from kvlab.methods.eviction.adore.sizes import ControllerConfig
 from kvlab.methods.registry import resolve
 
 VOCABULARY = 257
@@ -32,3 +34,15 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return find
+
+
+@pytest.fixture(scope="session")
+def controller(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ADORE's, for these models; its scores differ widely from token to token."""
+    torch.manual_seed(1)
+    made = Controller(ControllerConfig(VOCABULARY, 128, hidden=16, match=8))
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    folder = tmp_path_factory.mktemp("controller")
+    made.save(folder)
+    return folder

@@ -150,8 +150,12 @@ def asked(*arguments: str) -> None:
 
 class TestRefused:
     def test_before_anything_starts(self, spoken: Path, served: Callable[..., Path]) -> None:
-        with pytest.raises(KvlabError, match="'adore' cannot be served yet"):
-            asked(str(spoken), "--apply", "{adore: {scores: rule}}")
+        with pytest.raises(KvlabError, match="readmit: what was released cannot come back"):
+            asked(str(spoken), "--apply", "{adore: {scores: rule, readmit: true}}")
+        with pytest.raises(KvlabError, match=r"needs a trained controller: name one \(--contr"):
+            asked(str(spoken), "--apply", "{adore: {}}")
+        with pytest.raises(KvlabError, match="--controller: 'h2o' needs none"):
+            asked(str(spoken), "--apply", "{h2o: {}}", "--controller", str(spoken))
         with pytest.raises(KvlabError, match="int8' cannot be served"):
             asked(str(spoken), "--apply", "{int8: {}}")
         with pytest.raises(KvlabError, match="--tokens 9999: the model was made for 512"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +42,11 @@ SERVED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "squeeze": ({}, {"h2o": {}, "squeeze_attention": {"tokens": 16}}),
     "block": ({"block_transformer": {}}, {}),
     "block_h2o": ({"block_transformer": {}}, {"h2o": {}, "uniform": {"tokens": 4}}),
+    "adore": ({}, {"adore": {"controller": "", "rebuild": 4}, "uniform": {"tokens": 12}}),
+    "adore_rule": (
+        {"cla": {}},
+        {"adore": {"scores": "rule", "rebuild": 4}, "squeeze_attention": {"tokens": 12}},
+    ),
     "sharing_snapkv": ({"cla": {}}, {"snapkv": {"window": 4}, "uniform": {"tokens": 12}}),
 }
 
@@ -49,13 +57,11 @@ def prompts() -> list[list[int]]:
 
 
 def alone(source: Path, apply: dict[str, Any], asked: list[list[int]]) -> list[tuple[int, ...]]:
-    """What kvlab's own engine generates for each prompt by itself, as long as the server may."""
+    """What kvlab's own engine generates for each prompt by itself."""
     model = load(source).eval()
     found = []
     for prompt in asked:
-        session = model.start(
-            torch.tensor([prompt]), new_tokens=TOKENS - len(prompt), apply=resolve(apply)
-        )
+        session = model.start(torch.tensor([prompt]), new_tokens=NEW, apply=resolve(apply))
         tokens = [int(session.logits.argmax())]
         for _ in range(NEW - 1):
             tokens.append(int(session.step(torch.tensor(tokens[-1:])).argmax()))
@@ -82,10 +88,12 @@ def engine(
 
 @pytest.mark.parametrize("name", SERVED)
 def test_it_says_what_the_torch_engine_says(
-    served: Callable[..., Path], name: str, tmp_path: Path
+    served: Callable[..., Path], controller: Path, name: str, tmp_path: Path
 ) -> None:
     """Eight requests of all lengths, three at a time: they join and leave as others run."""
     method, apply = SERVED[name]
+    if name == "adore":
+        apply = {**apply, "adore": {**apply["adore"], "controller": str(controller)}}
     sizes = {
         "full_tied": {"tie_embeddings": True},
         "full_qk_norm": {"qk_norm": True},
@@ -102,6 +110,24 @@ def test_it_says_what_the_torch_engine_says(
     assert effective["pool_bytes"] // effective["blocks"] == demand.block_bytes
     most = effective["blocks"] / demand.most_blocks(TOKENS)
     assert capacity["requests"] == pytest.approx(most, rel=0.05)
+
+
+def test_the_other_model_runner_says_the_same(served: Callable[..., Path], tmp_path: Path) -> None:
+    """V2 is vLLM's own choice on a GPU; here in a process of its own, its kernels interpreted."""
+    names, asked, wanted = ("full", "sharing_upward", "squeeze", "block_h2o"), prompts(), []
+    for name in names:
+        method, apply = SERVED[name]
+        export.write(served(method), resolve(apply).to_dict(), tmp_path / name)
+        wanted.append({"runner": "V2", "ids": list(map(list, alone(served(method), apply, asked)))})
+    engine = {"pool": POOL, "tokens": TOKENS, "requests": 3, "options": {"dtype": "float32"}}
+    folders = [str(tmp_path / name) for name in names]
+    task = {"folders": folders, "engine": engine, "prompts": asked, "new": NEW}
+    script = Path(__file__).with_name("runner_v2.py")
+    ran = subprocess.run(
+        [sys.executable, script, json.dumps(task)], capture_output=True, text=True, timeout=240
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert [json.loads(line) for line in ran.stdout.splitlines()] == wanted
 
 
 @pytest.mark.parametrize(

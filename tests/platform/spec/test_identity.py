@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -15,7 +13,6 @@ from typing import Any
 import pytest
 
 from kvlab.platform.graph import Cell
-from kvlab.platform.jobs import KINDS
 from kvlab.platform.spec import identity, machine
 from kvlab.platform.spec.identity import changed, code_digest, explain, identify
 from kvlab.platform.spec.read import load_graph
@@ -150,106 +147,6 @@ def test_moving_code_between_files_counts(package: Path, digest: Callable[[], st
     before = digest()
     (package / "inner" / "rule.py").rename(package / "inner" / "rules.py")
     assert digest() != before
-
-
-CHOSEN = "a list of what there is: what is chosen is hashed with its value"
-HARMLESS = {
-    "kvlab.methods.catalog": CHOSEN,
-    "kvlab.methods.sharing.convert": "runs where a model is converted, and is hashed there",
-    "kvlab.methods.sharing.values": CHOSEN,
-    "kvlab.methods.sharing.layouts": CHOSEN,
-    "kvlab.methods.sharing.layer_types": CHOSEN,
-    "kvlab.platform.jobs.context": "the door through which jobs are seen, no part of what they do",
-}
-"""Modules that jobs import and whose change makes nothing stale, and why."""
-
-IMPORTED = """
-import importlib, json, sys
-for module in {modules!r}:
-    importlib.import_module(module)
-for canonical in {methods!r}:
-    from kvlab.methods.registry import from_dict
-    for choice in from_dict(canonical).choices.values():
-        choice.value.implementation and choice.value.load()
-print(json.dumps([name for name, module in sys.modules.items()
-                  if name.startswith("kvlab.") and getattr(module, "__file__", None)
-                  and not module.__file__.endswith("__init__.py")]))
-"""
-
-
-def unhashed(sources: set[str], modules: list[str], methods: list[Any]) -> set[str]:
-    """Modules that a fresh process imports for these, and that no source stands for."""
-    code = IMPORTED.format(modules=modules, methods=methods)
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return {
-        name
-        for name in json.loads(ran.stdout)
-        if not any(name == source or name.startswith(f"{source}.") for source in sources)
-        and not name.endswith(".params")
-    }
-
-
-@pytest.mark.parametrize("job", ["data", "base", "block", "quality", "speed"])
-def test_every_module_that_a_job_runs_is_hashed_with_it_or_its_parents(good: str, job: str) -> None:
-    cells = {cell.name: cell for cell in load_graph(good).cells}
-    last = [cell for cell in cells.values() if cell.job == job][-1]
-
-    def hashed(of: Cell) -> set[str]:
-        own = set(KINDS[of.kind].sources(of.spec))
-        return own.union(*(hashed(cells[name]) for name in of.parents.values()))
-
-    methods = [last.spec[key] for key in ("method", "apply") if key in last.spec]
-    modules = [f"kvlab.platform.jobs.{last.kind}.run"]
-    assert unhashed(hashed(last), modules, methods) <= HARMLESS.keys()
-    assert "kvlab.methods.decoder.huggingface.writer" not in hashed(last)
-
-
-FIXED = """\
-  groups:
-    calibrate: {of: base}
-  squeezed:
-    evaluate: {of: base, apply: h2o, budgets: groups}
-  timed:
-    benchmark: {of: base, apply: h2o, budgets: groups}
-report:"""
-
-
-@pytest.mark.parametrize("job", ["groups", "squeezed", "timed"])
-def test_every_module_that_calibrates_or_takes_budgets_is_hashed(good: str, job: str) -> None:
-    cells = {cell.name: cell for cell in load_graph(good.replace("report:", FIXED)).cells}
-    last = [cell for cell in cells.values() if cell.job == job][-1]
-    names = [*last.parents.values(), *cells[last.parents["of"]].parents.values()]
-    sources = set(KINDS[last.kind].sources(last.spec))
-    hashed = sources.union(*(KINDS[cells[n].kind].sources(cells[n].spec) for n in names))
-    modules, methods = [f"kvlab.platform.jobs.{last.kind}.run"], []
-    if job != "groups":
-        assert last.parents["budgets"].startswith("groups")
-        modules.append("kvlab.platform.jobs.calibrate.fixed")
-        methods = [{**last.spec["apply"], "budget": {"per_layer": {"tokens": [4, 4, 4, 4]}}}]
-        assert "kvlab.platform.jobs.calibrate.fixed" in sources
-    assert unhashed(hashed, modules, methods) <= HARMLESS.keys()
-    plain = next(cell for cell in cells.values() if cell.job == "quality")
-    assert not any("calibrate" in source for source in KINDS["evaluate"].sources(plain.spec))
-
-
-def test_what_reads_checkpoints_people_have_is_hashed_where_one_is_read() -> None:
-    model = {"checkpoint": "somewhere", "fingerprint": ""}
-    sources = set(KINDS["train"].sources({"model": model, "method": {}}))
-    reader = "kvlab.methods.decoder.huggingface.reader"
-    assert reader in sources
-    assert unhashed(sources, [reader], []) <= HARMLESS.keys()
-    assert reader not in KINDS["train"].sources({"model": {"config": {}}, "method": {}})
-
-
-@pytest.mark.parametrize("kind", ["train", "uptrain", "evaluate", "benchmark"])
-def test_sharing_counts_where_it_is_chosen_and_its_conversion_where_one_runs(kind: str) -> None:
-    plain = {"model": {"config": {}}, "method": {}, "apply": {}}
-    shared = {**plain, "method": {"sharing": {"cla": {}}}}
-    found = {source for source in KINDS[kind].sources(plain) if "sharing" in source}
-    assert ("kvlab.methods.sharing.convert" in found) == (kind == "uptrain")
-    assert "kvlab.methods.sharing" not in found
-    if kind in ("train", "uptrain"):
-        assert "kvlab.methods.sharing" in KINDS[kind].sources(shared)
 
 
 def cell(good: str, job: str) -> Cell:

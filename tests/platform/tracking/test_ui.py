@@ -43,6 +43,8 @@ def served(uri: str, tmp_path: Path, port: int) -> Iterator[subprocess.Popen[str
         env={**os.environ, "KVLAB_HOME": str(tmp_path)},
         stdout=subprocess.PIPE,
         text=True,
+        # Whoever runs the tests in the background may have made all below deaf to it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     yield process
     process.kill()

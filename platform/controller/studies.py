@@ -1,0 +1,254 @@
+"""Studies: jobs that the controller does itself, by running the jobs of trial after trial.
+
+A trial's jobs are rows like any others, stored in one batch with the event that says which point
+they try. What became of a trial is an event too, so a study is rebuilt from its events.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from kvlab import KvlabError
+from kvlab.db.batches import Batch
+from kvlab.db.rows import FinishedJob, JobRow, fresh
+from kvlab.db.states import TERMINAL, Cause, JobState
+from kvlab.db.store import Store
+from kvlab.platform.controller.attempts import Attempts
+from kvlab.platform.controller.jobs import Jobs, new_job, usable
+from kvlab.platform.controller.ledger import Ledger
+from kvlab.platform.controller.schedule import Schedule
+from kvlab.platform.graph import Cell
+from kvlab.platform.jobs.kind import Parent
+
+if TYPE_CHECKING:
+    from kvlab.platform.search.study import Data, Study, StudyView
+
+TRIAL, KIND = "trial", "search"
+"""The kind of a trial's events, and of the job that they belong to."""
+WORKER = "controller"
+LOOK_SECONDS = 0.05
+"""How often a study is looked at that waits for its sampler."""
+
+Reuse = Callable[[int, FinishedJob, float], None]
+
+
+@dataclass(slots=True)
+class Active:
+    """A study under way, and the jobs of each trial that are not all over.
+
+    Attributes: adding: trials whose jobs are not stored yet.
+    """
+
+    row: JobRow
+    attempt: int
+    study: Study
+    running: dict[str, list[int]] = field(default_factory=dict)
+    adding: int = 0
+
+
+class Studies:
+    """All studies of a workflow. Gathers rows and deeds in the ledger, as `Attempts` does."""
+
+    def __init__(
+        self,
+        store: Store,
+        workflow: int,
+        jobs: Jobs,
+        schedule: Schedule,
+        attempts: Attempts,
+        ledger: Ledger,
+        reuse: Reuse,
+    ) -> None:
+        self._store = store
+        self._jobs, self._schedule, self._attempts = jobs, schedule, attempts
+        self._ledger, self._reuse = ledger, reuse
+        self._active: dict[int, Active] = {}
+        self._past: dict[int, dict[str, Data]] = {}
+        """Study -> trial -> what is stored of it."""
+        if any(row.kind == KIND for row in jobs.rows.values()):
+            for event in store.events(workflow):
+                if event.kind == TRIAL and event.job_id is not None:
+                    past = self._past.setdefault(event.job_id, {})
+                    past[str(event.data["number"])] = event.data
+
+    def of_trials(self) -> set[int]:
+        """The jobs that belong to a trial."""
+        return {row.id for row in self._jobs.rows.values() if "/" in row.job}
+
+    def settled(self) -> set[int]:
+        """The jobs of trials that are over: nothing more becomes of them."""
+        over = {
+            f"{self._jobs[study].name}/{number}"
+            for study, trials in self._past.items()
+            for number, data in trials.items()
+            if data["state"] != "running"
+        }
+        return {row.id for row in self._jobs.rows.values() if row.job.rpartition("/")[0] in over}
+
+    def interrupted(self, now: float) -> None:
+        """End the attempts of studies that ran when a controller died; they begin again."""
+        for row in self._jobs.rows.values():
+            if row.kind == KIND and self._schedule.state(row.id) is JobState.RUNNING:
+                self._end(row.id, row.attempt, Cause.STOPPED, now, "its controller died")
+
+    def tick(self, now: float) -> None:
+        """Begin what can begin, and take every study a step on."""
+        for job in self._schedule.inline():
+            self._begin(job, now)
+        for active in list(self._active.values()):
+            if active.adding:
+                continue
+            try:
+                self._advance(active, now)
+            except KvlabError as error:
+                self._leave(active, Cause.USER_ERROR, now, str(error))
+
+    def due(self, now: float) -> float | None:
+        """When the next `tick` may have something to do that no message announces."""
+        return now + LOOK_SECONDS if self._active else None
+
+    def end_all(self, cause: Cause, now: float) -> None:
+        """End all studies; with STOPPED they go on another time."""
+        for active in list(self._active.values()):
+            self._leave(active, cause, now, None)
+
+    def close(self) -> None:
+        """Leave every sampler."""
+        for active in self._active.values():
+            active.study.close()
+
+    def views(self) -> tuple[StudyView, ...]:
+        """How each study stands. Any thread."""
+        return tuple(active.study.view() for active in list(self._active.values()))
+
+    def _begin(self, job: int, now: float) -> None:
+        from kvlab.platform.search.study import Study
+
+        attempt, row = self._schedule.started(job, now), self._jobs[job]
+        self._ledger.row(lambda batch: batch.start(job, WORKER), job, "start")
+        self._jobs.note(job, attempt, JobState.RUNNING, started_at=now, ended_at=None)
+        names = {name for arm in row.spec["arms"] for name in arm["parents"].values()}
+        names |= set(row.parents.values())
+        past = self._past.setdefault(job, {})
+        study = Study(
+            row.name,
+            row.spec,
+            {name: self._parent(name) for name in names},
+            {name: self._jobs.named(name).identity for name in names},
+            past,
+        )
+        active = self._active[job] = Active(row, attempt, study)
+        for number, data in past.items():
+            if data["state"] == "running":
+                active.running[number] = list(self._of_trial(row.name, number))
+
+    def _of_trial(self, study: str, number: str) -> Iterator[int]:
+        for row in self._jobs.rows.values():
+            if row.job.rpartition("/")[0] == f"{study}/{number}":
+                yield row.id
+
+    def _parent(self, name: str) -> Parent:
+        row = self._jobs.named(name)
+        above = {role: self._parent(parent) for role, parent in row.parents.items()}
+        return Parent(name, row.kind, row.spec, above)
+
+    def _advance(self, active: Active, now: float) -> None:
+        study = active.study
+        for number, jobs in list(active.running.items()):
+            if all(self._schedule.state(job) in TERMINAL for job in jobs):
+                self._judge(active, number)
+        for data in study.repeats():
+            self._note(active, data)
+        while (trial := study.next(set(active.running))) is not None:
+            self._run(active, trial.number, trial.cells, trial.data)
+        if not active.running and study.over:
+            self._leave(active, Cause.DONE, now, None, study.result())
+
+    def _judge(self, active: Active, number: str) -> None:
+        jobs = active.running[number]
+        done = [job for job in jobs if self._schedule.state(job) is JobState.DONE]
+        failure = None if len(done) == len(jobs) else self._why(jobs)
+        data = active.study.judge(number, [self._jobs.done(job) for job in done], failure)
+        if data is None:
+            return
+        del active.running[number]
+        self._note(active, data)
+        name, attempt = active.row.id, active.attempt
+        if number.isdigit():
+            said = f"trial {number}: {active.study.shown(number)}"
+            self._jobs.tell(name, attempt, JobState.RUNNING, note=said)
+        if warning := active.study.hopeless():
+            self._jobs.tell(name, attempt, JobState.RUNNING, note=warning)
+
+    def _run(self, active: Active, number: str, cells: Sequence[Cell], data: Data) -> None:
+        """Store the jobs of a trial; they run once they are stored."""
+        ids = active.running[number] = []
+        active.adding += 1
+        job, attempt = active.row.id, active.attempt
+        self._past[job][number] = data
+
+        def write(batch: Batch) -> None:
+            batch.event(TRIAL, job, attempt, data)
+            ids[:] = batch.add([new_job(cell) for cell in cells])
+
+        self._ledger.row(write)
+        self._ledger.then(lambda: self._added(active, ids, cells))
+
+    def _added(self, active: Active, ids: Sequence[int], cells: Sequence[Cell]) -> None:
+        active.adding -= 1
+        rows = [fresh(job, new_job(cell)) for job, cell in zip(ids, cells, strict=True)]
+        self._jobs.add(rows)
+        states = {row.id: row.state for row in rows}
+        self._attempts.moved(self._schedule.add([self._jobs.task(row) for row in rows], states))
+        finished = self._store.finished({row.identity for row in rows})
+        for row in rows:
+            found = finished.get(row.identity)
+            if found is not None and usable(found):
+                self._reuse(row.id, found, time.time())
+
+    def _note(self, active: Active, data: Data) -> None:
+        job, attempt = active.row.id, active.attempt
+        self._past[job][str(data["number"])] = data
+        self._ledger.row(lambda batch: batch.event(TRIAL, job, attempt, data))
+
+    def _why(self, jobs: Sequence[int]) -> str:
+        """What the first job that failed said."""
+        for job in jobs:
+            message = self._jobs.facts.get(job, {}).get("message") or self._jobs[job].message
+            if message and self._schedule.state(job) is not JobState.DONE:
+                return f"{self._jobs[job].name}: {str(message).strip().splitlines()[0]}"
+        return "its jobs did not finish"
+
+    def _leave(
+        self,
+        active: Active,
+        cause: Cause,
+        now: float,
+        message: str | None,
+        result: dict[str, Any] | None = None,
+    ) -> None:
+        del self._active[active.row.id]
+        active.study.close()
+        self._end(active.row.id, active.attempt, cause, now, message, result)
+
+    def _end(
+        self,
+        job: int,
+        attempt: int,
+        cause: Cause,
+        now: float,
+        message: str | None,
+        result: dict[str, Any] | None = None,
+    ) -> None:
+        verdict = self._schedule.ended(job, cause, now)
+        state = verdict.state
+        self._ledger.row(
+            lambda batch: batch.end(job, attempt, cause, state, result, None, message), job, "end"
+        )
+        self._jobs.note(
+            job, attempt, state, ended_at=now, cause=cause, message=message, result=result
+        )
+        self._attempts.moved(verdict.moves)

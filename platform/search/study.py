@@ -1,0 +1,215 @@
+"""One study under way: which trials there are, what came of them, what was found so far."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from kvlab import KvlabError
+from kvlab.platform.graph import Cell
+from kvlab.platform.jobs.kind import Parent
+from kvlab.platform.search.broker import Broker
+from kvlab.platform.search.described import space_of
+from kvlab.platform.search.outcome import Done, Measured, excess, limit_text, measured
+from kvlab.platform.search.rows import Row
+from kvlab.platform.search.space import Space
+from kvlab.platform.search.trials import BASELINE, Trials, text_of
+
+HOPELESS = 10
+"""Trials that all miss a constraint before a person is told."""
+
+Data = Mapping[str, Any]
+"""A trial as it is stored: the columns of its `Row`, `measured` and `message`. The baseline has no
+row: its `number` is its name."""
+
+
+class Try(NamedTuple):
+    """A trial to be run: its number, its jobs, and what is stored of it."""
+
+    number: str
+    cells: Sequence[Cell]
+    data: Data
+
+
+@dataclass(frozen=True, slots=True)
+class StudyView:
+    """counts: trials per state. leading: the best so far, or the front, in words."""
+
+    name: str
+    counts: Mapping[str, int]
+    trials: int
+    leading: tuple[str, ...]
+
+
+class Study:
+    """Args:
+    name: of its cell. spec: see `Search.resolve`.
+    outside: every cell that trials build on, by name. identities: theirs.
+    past: what is stored of its trials, by number.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        spec: Mapping[str, Any],
+        outside: Mapping[str, Parent],
+        identities: Mapping[str, str],
+        past: Mapping[str, Data],
+    ) -> None:
+        self.name, self.spec = name, spec
+        self._trials = Trials(name, spec, outside, dict(identities))
+        self._limits = {limit_text(limit): limit for limit in spec["constraints"]}
+        metrics = (*spec["objectives"], *(limit["metric"] for limit in spec["constraints"]))
+        self._metrics = list(dict.fromkeys(metrics))
+        self._told = {number: dict(data) for number, data in past.items()}
+        self._base: Mapping[str, Measured] | None = None if self._trials.has_baseline else {}
+        base = self._told.pop(BASELINE, None)
+        self._base_begun = base is not None
+        if base is not None and base["state"] == "complete":
+            self._base = {metric: Measured(**one) for metric, one in base["measured"].items()}
+        self._broker = Broker(
+            Space(space_of(spec), self._trials.problem),
+            spec["objectives"],
+            spec["trials"],
+            sampler=spec["sampler"],
+            seed=spec["seed"],
+            ahead=spec["parallel"],
+            constraints=list(self._limits),
+        )
+        if self._told:
+            columns = Row.__dataclass_fields__
+            self._broker.restore(
+                [Row(**{c: data[c] for c in columns}) for data in self._told.values()]
+            )
+        self._broker.start()
+
+    def next(self, running: set[str]) -> Try | None:
+        """Return a trial to be run now, if there is room and the sampler has an answer.
+
+        Args: running: trials whose jobs are not all over.
+        """
+        if self._base is None and not self._base_begun:
+            self._base_begun = True
+            data = {"number": BASELINE, "state": "running", "measured": {}}
+            return Try(BASELINE, self._trials.baseline(), data)
+        while len(running) < self.spec["parallel"] and self._broker.ready:
+            point = self._broker.ask()
+            if point is None:
+                return None
+            if str(point.number) in running:  # its jobs go on by themselves
+                continue
+            cells = self._trials.cells(point.number, point.values)
+            return Try(str(point.number), cells, self._store(point.number))
+        return None
+
+    def judge(self, number: str, jobs: Sequence[Done], failure: str | None) -> Data | None:
+        """Say what came of a trial whose jobs are over; None: not before the baseline is known.
+
+        Args: jobs: those that are done. failure: why others are not.
+
+        Raises:
+            KvlabError: the baseline was not measured.
+        """
+        found = measured(jobs, self._metrics)
+        lacking = next((name for name in self._metrics if name not in found), None)
+        if failure is None and lacking is not None:
+            failure = f"its jobs report no {lacking}"
+        shown = {name: one.to_dict() for name, one in found.items()}
+        if number == BASELINE:
+            if failure is not None:
+                raise KvlabError(f"the baseline was not measured: {failure}")
+            self._base = found
+            return {"number": BASELINE, "state": "complete", "measured": shown}
+        if self._base is None:
+            return None
+        if failure is not None:
+            self._broker.tell(int(number), state="failed")
+        else:
+            values = {name: one.value for name, one in found.items()}
+            limits = {
+                text: excess(limit, values, self._baseline(limit))
+                for text, limit in self._limits.items()
+            }
+            objectives = {name: values[name] for name in self.spec["objectives"]}
+            self._broker.tell(int(number), objectives, limits)
+        return self._store(int(number), measured=shown, message=failure)
+
+    def repeats(self) -> list[Data]:
+        """Return the trials that were answered from earlier ones since the last call."""
+        return [
+            self._store(row.number, measured=self._told[str(row.same_as)]["measured"])
+            for row in self._broker.repeats()
+        ]
+
+    @property
+    def over(self) -> bool:
+        """Whether there will be no further trial."""
+        return self._broker.over
+
+    def hopeless(self) -> str | None:
+        """Say that no trial meets the constraints, once enough of them were tried."""
+        complete = sum(data["state"] == "complete" for data in self._told.values())
+        if complete != HOPELESS or not self._limits or self._broker.front():
+            return None
+        return f"none of {HOPELESS} trials meets {', '.join(self._limits)}"
+
+    def result(self) -> dict[str, Any]:
+        """What the study found; see docs/search.md.
+
+        Raises:
+            KvlabError: no trial was completed.
+        """
+        rows = [self._told[number] for number in sorted(self._told, key=int)]
+        if not any(data["state"] == "complete" for data in rows):
+            why = next((data["message"] for data in rows if data.get("message")), "none was begun")
+            raise KvlabError(f"no trial was completed: {why}")
+        best = self._broker.best() if len(self.spec["objectives"]) == 1 else None
+        return {
+            "trials": rows,
+            "baseline": {name: one.to_dict() for name, one in (self._base or {}).items()},
+            "best": None if best is None else best.number,
+            "front": [row.number for row in self._broker.front()],
+            "importances": self._broker.importances(),
+            "ended": self._broker.ended or None,
+        }
+
+    def shown(self, number: str) -> str:
+        """A trial that is over, in words."""
+        data = self._told[number]
+        if data["state"] != "complete":
+            return f"{text_of(data['values'])}: {data.get('message') or data['state']}"
+        return _words(data["objectives"], data["values"])
+
+    def view(self) -> StudyView:
+        """How it stands, for a person."""
+        rows = self._broker.rows()
+        several = len(self.spec["objectives"]) > 1
+        best = None if several else self._broker.best()
+        leading = self._broker.front() if several else [best] if best is not None else []
+        return StudyView(
+            self.name,
+            Counter(row.state for row in rows if row.source != "repeat"),
+            self.spec["trials"],
+            tuple(f"{_words(row.objectives, row.values)} (trial {row.number})" for row in leading),
+        )
+
+    def close(self) -> None:
+        self._broker.close()
+
+    def _store(self, number: int, **beside: Any) -> Data:
+        """A trial's row and what is known beside it, as they are stored."""
+        row = next(row for row in self._broker.rows() if row.number == number)
+        data = {"measured": {}, "message": None, **asdict(row), **beside}
+        self._told[str(number)] = data
+        return data
+
+    def _baseline(self, limit: Mapping[str, Any]) -> float | None:
+        assert self._base is not None
+        return self._base[limit["metric"]].value if limit["of_baseline"] else None
+
+
+def _words(objectives: Mapping[str, float], values: Mapping[str, Any]) -> str:
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in objectives.items())
+    return f"{numbers} at {text_of(values)}"

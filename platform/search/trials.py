@@ -1,0 +1,193 @@
+"""From a point of a study's space to the cells of one trial. No matrix, no joins: seeds alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from kvlab import KvlabError
+from kvlab.platform.graph import Cell
+from kvlab.platform.jobs import IMPLICIT, KINDS
+from kvlab.platform.jobs.kind import Parent, Surroundings
+from kvlab.platform.jobs.reference import OWN
+from kvlab.platform.search.values import placed
+from kvlab.platform.spec.contents import Contents
+from kvlab.platform.spec.identity import code_digest, identify
+from kvlab.platform.spec.machine import describe
+from kvlab.platform.spec.problems import from_pydantic
+
+BASELINE = "baseline"
+"""The trial of the model that constraints are set against, and the role in which it is named."""
+
+
+class Trials:
+    """Makes the cells of one study's trials.
+
+    Args:
+        name: of the study's cell. spec: see `Search.resolve`.
+        outside: every cell that a trial builds on, by name. identities: theirs.
+        contents: digests of large files; None: none is asked for.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        spec: Mapping[str, Any],
+        outside: Mapping[str, Parent],
+        identities: dict[str, str] | None = None,
+        contents: Any = None,
+    ) -> None:
+        self._name, self._spec, self._outside = name, spec, outside
+        self._identities = identities
+        data = dict(spec["data"])
+        self._data = {**data, "contents": contents or Contents(None, write=False)}
+
+    def problem(self, values: Mapping[str, Any]) -> str | None:
+        """Say why there can be no trial of these values; None: there can."""
+        try:
+            self._made(
+                "", placed(self._spec["trial"], values), self._spec["arms"][:1], checked=True
+            )
+        except KvlabError as error:
+            return str(error)
+        return None
+
+    def cells(self, number: int, values: Mapping[str, Any]) -> list[Cell]:
+        """Return the jobs of a trial, parents first, for every seed.
+
+        Raises:
+            KvlabError: there can be no such trial.
+        """
+        return self._made(str(number), placed(self._spec["trial"], values), self._spec["arms"])
+
+    @property
+    def has_baseline(self) -> bool:
+        """Whether constraints are set against another model."""
+        return BASELINE in self._spec["arms"][0]["parents"]
+
+    def baseline(self) -> list[Cell]:
+        """Return the jobs that measure the baseline as a trial is measured."""
+        trial = {
+            kind: {k: v for k, v in raw.items() if k not in ("apply", *KINDS[kind].reference_kinds)}
+            for kind, raw in self._spec["trial"].items()
+            if not KINDS[kind].produces_model and "of" in KINDS[kind].references
+        }
+        arms = [
+            {
+                "seed": arm["seed"],
+                "parents": {f"{kind}.of": arm["parents"][BASELINE] for kind in trial},
+            }
+            for arm in self._spec["arms"]
+        ]
+        return self._made(BASELINE, trial, arms)
+
+    def _made(
+        self,
+        trial: str,
+        written: Mapping[str, Any],
+        arms: Sequence[Mapping[str, Any]],
+        *,
+        checked: bool = False,
+    ) -> list[Cell]:
+        cells: list[Cell] = []
+        for arm in arms:
+            made: dict[str, Parent] = {}
+            for kind in ordered(written):
+                cells.append(self._cell(trial, kind, written[kind], arm, made, checked))
+        return cells
+
+    def _cell(
+        self,
+        trial: str,
+        name: str,
+        raw: Mapping[str, Any],
+        arm: Mapping[str, Any],
+        made: dict[str, Parent],
+        checked: bool,
+    ) -> Cell:
+        """Resolve one job of a trial; `made` are those before it, by kind, and takes it."""
+        kind, seed = KINDS[name], arm["seed"]
+        try:
+            settings = kind.settings.model_validate(raw)
+        except ValidationError as error:
+            place, message = next(iter(from_pydantic(error, raw, kind.settings)))
+            raise KvlabError(f"{'.'.join((name, *map(str, place)))}: {message}") from None
+        parents = dict(self._parents(name, raw, arm, made))
+        around = Surroundings(
+            seed,
+            self._spec["model"],
+            self._data,
+            parents,
+            {role: (parent,) for role, parent in parents.items()},
+            kind.resources,
+        )
+        if checked:
+            for path, message in kind.check(settings, around):
+                raise KvlabError(f"{name}.{path}: {message}")
+        spec = kind.resolve(settings, around)
+        job = f"{self._name}/{trial}/{name}"
+        cell = f"{job}[seed={seed}]"
+        made[name] = Parent(cell, name, spec, parents)
+        identity, parts = self._identify(name, spec, parents)
+        if self._identities is not None:
+            self._identities[cell] = identity
+        return Cell(
+            name=cell,
+            job=job,
+            kind=name,
+            spec=spec,
+            axes={"seed": seed},
+            parents={role: parent.name for role, parent in parents.items()},
+            needs=(),
+            identity=identity,
+            parts=parts,
+            resources=kind.resources,
+        )
+
+    def _parents(
+        self, name: str, raw: Mapping[str, Any], arm: Mapping[str, Any], made: Mapping[str, Parent]
+    ) -> Iterator[tuple[str, Parent]]:
+        kind = KINDS[name]
+        for role in kind.references:
+            outer = arm["parents"].get(f"{name}.{role}")
+            if outer is not None:
+                yield role, self._outside[outer]
+            elif raw.get(role) == OWN:
+                wanted = kind.reference_kinds.get(role)
+                able = [one for one in made if KINDS[one].produces_model]
+                yield role, made[wanted or able[-1]]
+        if kind.needs_data:
+            yield IMPLICIT, self._outside[IMPLICIT]
+
+    def _identify(
+        self, name: str, spec: Mapping[str, Any], parents: Mapping[str, Parent]
+    ) -> tuple[str, dict[str, str]]:
+        if self._identities is None:
+            return "", {}
+        kind = KINDS[name]
+        identity, parts = identify(
+            name,
+            spec,
+            {role: self._identities[parent.name] for role, parent in parents.items()},
+            code_digest(kind.sources(spec)),
+            describe(kind.resources, *self._spec["machine"]) if kind.measured else None,
+            kind.incidental,
+            kind.libraries(spec),
+        )
+        return identity, parts
+
+
+def ordered(trial: Mapping[str, Any]) -> list[str]:
+    """The kinds of a trial's jobs, makers before users."""
+    return [kind for kind in KINDS if kind in trial]
+
+
+def text_of(values: Mapping[str, Any]) -> str:
+    """A point in words, as a name shows it."""
+    return ", ".join(
+        f"{path.rpartition('.')[2]}={value if isinstance(value, str) else json.dumps(value)}"
+        for path, value in values.items()
+    )

@@ -1,0 +1,167 @@
+"""Studies on a real Ray: trials are jobs like any others, whoever dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvlab.db.states import JobState, WorkflowState
+from kvlab.db.store import Store
+from kvlab.platform.controller.controller import Controller
+from kvlab.platform.controller.jobs import new_job
+from kvlab.platform.spec.read import load_graph
+
+pytestmark = pytest.mark.ray
+
+KVLAB = [sys.executable, "-c", "from kvlab.platform.cli.main import main; main()"]
+STUDY = """
+version: 1
+name: studied
+jobs:
+  best:
+    search:
+      trial: {{noop: {{points: 2}}}}
+      space: {space}
+      objectives: {{noop.points: minimize}}
+      trials: {trials}
+      parallel: 2
+      sampler: {sampler}
+"""
+
+
+def study(space: str = "{noop.points: {int: [1, 40]}}", trials: int = 6, sampler: str = "random"):
+    return STUDY.format(space=space, trials=trials, sampler=sampler)
+
+
+@pytest.fixture
+def run(store, home, pool):
+    """Run a workflow's text; return its outcome and what is stored of it."""
+
+    def go(text: str):
+        graph = load_graph(text, home=home.root)
+        jobs = [new_job(cell) for cell in graph.cells]
+        number = store.create_workflow(graph.name, text, dict(graph.report), jobs, time.time())
+        outcome = Controller(home, store, number, pool=pool).run()
+        return outcome, store.load(number)
+
+    return go
+
+
+def result(workflow: Any) -> dict[str, Any]:
+    (row,) = [row for row in workflow.jobs if row.kind == "search"]
+    assert row.result is not None
+    return row.result
+
+
+def test_the_best_of_its_trials_is_found_and_each_is_a_job(run) -> None:
+    outcome, workflow = run(study(trials=8))
+    assert outcome.state is WorkflowState.DONE
+    found = result(workflow)
+    handed = [trial for trial in found["trials"] if trial["source"] != "repeat"]
+    assert len(handed) == 8
+    assert {trial["state"] for trial in handed} == {"complete"}
+    values = {trial["number"]: trial["values"]["noop.points"] for trial in handed}
+    assert values[found["best"]] == min(values.values())
+    jobs = {row.job: row for row in workflow.jobs if row.kind == "noop"}
+    assert {job: row.spec["points"] for job, row in jobs.items()} == {
+        f"best/{number}/noop": value for number, value in values.items()
+    }
+
+
+def test_points_that_a_small_space_repeats_are_not_run_again(run) -> None:
+    _, workflow = run(study("{noop.points: [3, 5]}", trials=9))
+    found = result(workflow)
+    assert sorted(row.spec["points"] for row in workflow.jobs if row.kind == "noop") == [3, 5]
+    assert "all 2 feasible points are known" in found["ended"]
+
+
+def test_an_equal_trial_of_an_earlier_study_is_reused(run) -> None:
+    space = "{noop.points: [3, 5]}"
+    run(study(space, trials=2))
+    _, again = run(study(space, trials=2).replace("parallel: 2", "parallel: 1"))
+    search = next(row for row in again.jobs if row.kind == "search")
+    assert search.reused_from is not None  # the study itself: how many at once decides nothing
+    _, other = run(study(space, trials=2, sampler="tpe"))
+    noops = [row for row in other.jobs if row.kind == "noop"]
+    assert [row.reused_from is not None for row in noops] == [True, True]
+
+
+def test_a_trial_that_fails_ends_no_study(run) -> None:
+    outcome, workflow = run(study("{noop.fail: [null, user, nan], noop.points: [2, 3]}", trials=6))
+    assert outcome.state is WorkflowState.DONE
+    trials = [trial for trial in result(workflow)["trials"] if trial["source"] != "repeat"]
+    states = Counter(trial["state"] for trial in trials)
+    assert states == {"complete": 2, "failed": 4}
+    failed = [trial for trial in trials if trial["state"] == "failed"]
+    assert all("noop[seed=0]" in trial["message"] for trial in failed)
+
+
+def test_a_study_without_a_complete_trial_fails(run) -> None:
+    outcome, workflow = run(study("{noop.fail: [user, nan]}", trials=2))
+    assert outcome.state is WorkflowState.FAILED
+    search = next(row for row in workflow.jobs if row.kind == "search")
+    assert search.message.startswith("no trial was completed: best/0/noop[seed=0]: ")
+
+
+SLOW = study("{noop.points: {int: [1, 30]}, noop.sleep: {float: [0.2, 0.6]}}", trials=7)
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.9, 1.7])
+def test_a_killed_controller_loses_and_doubles_nothing(tmp_path: Path, seconds: float) -> None:
+    """SIGKILL while trials run; `resume` ends with as many, each told once, none left running."""
+    home = tmp_path / "home"
+    (tmp_path / "study.yaml").write_text(SLOW)
+    environment = {**os.environ, "KVLAB_HOME": str(home)}
+    command = [
+        *KVLAB,
+        "run",
+        str(tmp_path / "study.yaml"),
+        "--no-mlflow",
+        "--html",
+        str(tmp_path / "r.html"),
+    ]
+    running = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    assert running.stdout is not None
+    next(line for line in running.stdout if "running  best/" in line)
+    time.sleep(seconds)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    url = f"sqlite:///{home}/kvlab.db"
+    with Store.open(url, read_only=True) as store:
+        before = {row.id: row for row in store.load(1).jobs}
+    again = subprocess.run(
+        [*KVLAB, "resume", "1", "--no-mlflow", "--html", str(tmp_path / "r.html")],
+        env=environment, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    with Store.open(url, read_only=True) as store:
+        after = {row.id: row for row in store.load(1).jobs}
+        told = Counter(
+            event.data["number"]
+            for event in store.events(1)
+            if event.kind == "trial" and event.data["state"] != "running"
+        )
+    assert {row.state for row in after.values()} == {JobState.DONE}
+    assert told == dict.fromkeys(range(7), 1)
+    trials = next(row.result for row in after.values() if row.kind == "search")["trials"]
+    assert [trial["number"] for trial in trials] == list(range(7))
+    # What was done before was not run again.
+    for job, row in before.items():
+        if row.state is JobState.DONE:
+            assert after[job].attempt == row.attempt
+    by_number = {f"best/{t['number']}/noop": t["values"]["noop.points"] for t in trials}
+    noops = {row.job: row.spec["points"] for row in after.values() if row.kind == "noop"}
+    assert noops == by_number
+    json.dumps(trials, allow_nan=False)
