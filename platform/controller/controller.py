@@ -204,6 +204,9 @@ class Controller:
         self._tick(attempts, studies, [])
 
     def _reuse(self, job: int, found: FinishedJob, attempts: Attempts, now: float) -> None:
+        if self._jobs[job].kind == KIND and self._studies and not self._studies.takes(job, found):
+            return
+
         def write(batch: Batch) -> None:
             batch.reuse(job, found)
 
@@ -213,8 +216,6 @@ class Controller:
             job, 0, JobState.DONE, ended_at=now, result=found.result, reused_from=found.job_id
         )
         attempts.moved(self._schedule.reuse(job))
-        if self._jobs[job].kind == KIND and self._studies is not None:
-            self._studies.reused(job, found.result)
 
     def _tick(self, attempts: Attempts, studies: Studies, messages: list[Message]) -> None:
         """Hear, decide, store, act."""

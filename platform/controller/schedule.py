@@ -192,7 +192,7 @@ class Schedule:
         """The job, not begun yet, is done with a result from elsewhere."""
         one = self._jobs[job]
         if one.state is JobState.QUEUED and one.task.inline:
-            self._inline.remove(job)
+            self._inline = [other for other in self._inline if other != job]
         elif one.state is JobState.QUEUED:
             queue = self._ready[one.task.resources]
             queue.remove(one.order)

@@ -7,7 +7,7 @@ they try. What became of a trial is an event too, so a study is rebuilt from its
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from kvlab.platform.controller.ledger import Ledger
 from kvlab.platform.controller.schedule import Schedule
 from kvlab.platform.controller.winners import pass_on, winner
 from kvlab.platform.graph import Cell
+from kvlab.platform.spec.deferred import DEFERRED
 
 if TYPE_CHECKING:
     from kvlab.platform.search.study import Data, Study, StudyView
@@ -67,6 +68,8 @@ class Studies:
         self._jobs, self._schedule, self._attempts = jobs, schedule, attempts
         self._ledger, self._reuse = ledger, reuse
         self._active: dict[int, Active] = {}
+        self._fetching: set[int] = set()
+        """Studies that are done elsewhere, whose winner's jobs are about to join this workflow."""
         self._past: dict[int, dict[str, Data]] = {}
         """Study -> trial -> what is stored of it."""
         if any(row.kind == KIND for row in jobs.rows.values()):
@@ -98,7 +101,8 @@ class Studies:
     def tick(self, now: float) -> None:
         """Begin what can begin, and take every study a step on."""
         for job in self._schedule.inline():
-            self._begin(job, now)
+            if job not in self._fetching:
+                self._begin(job, now)
         for active in list(self._active.values()):
             if active.adding:
                 continue
@@ -107,26 +111,34 @@ class Studies:
             except KvlabError as error:
                 self._leave(active, Cause.USER_ERROR, now, str(error))
 
-    def reused(self, job: int, result: Mapping[str, Any]) -> None:
-        """A study is done with another workflow's result: its winner's jobs join this one."""
+    def takes(self, job: int, found: FinishedJob) -> bool:
+        """Pass on the winner of another workflow's study, which this job is to be done with.
+
+        Returns:
+            False where the winner's jobs have to join this workflow first; then it is reused.
+        """
         row = self._jobs[job]
+        if not any(DEFERRED in other.spec for other in self._jobs.rows.values()):
+            return True
         trials = self._trials(row)
-        model, values = winner(result, row.spec["arms"][0], trials)
+        model, values = winner(found.result, row.spec["arms"][0], trials)
         if model.name in self._jobs:
-            pass_on(row, trials, result, self._jobs, self._ledger)
-            return
+            self._pass_on(row, trials, found.result)
+            return True
         ids: list[int] = []
-        cells = trials.cells(result["best"], values)
+        cells = trials.cells(found.result["best"], values)
+        self._fetching.add(job)
 
         def write(batch: Batch) -> None:
             ids[:] = batch.add([new_job(cell) for cell in cells])
 
         def joined() -> None:
             self._joined(ids, cells)
-            pass_on(row, trials, result, self._jobs, self._ledger)
+            self._reuse(job, found, time.time())
 
         self._ledger.row(write)
         self._ledger.then(joined)
+        return False
 
     def due(self, now: float) -> float | None:
         """When the next `tick` may have something to do that no message announces."""
@@ -184,7 +196,7 @@ class Studies:
             self._run(active, trial.number, trial.cells, trial.data)
         if not active.running and study.over:
             result = study.result()
-            pass_on(active.row, study.trials, result, self._jobs, self._ledger)
+            self._pass_on(active.row, study.trials, result)
             self._leave(active, Cause.DONE, now, None, result)
 
     def _judge(self, active: Active, number: str) -> None:
@@ -227,11 +239,19 @@ class Studies:
         self._jobs.add(rows)
         states = {row.id: row.state for row in rows}
         self._attempts.moved(self._schedule.add([self._jobs.task(row) for row in rows], states))
-        finished = self._store.finished({row.identity for row in rows})
-        for row in rows:
-            found = finished.get(row.identity)
+        self._reuse_finished(row.id for row in rows)
+
+    def _pass_on(self, row: JobRow, trials: Trials, result: Mapping[str, Any]) -> None:
+        self._reuse_finished(pass_on(row, trials, result, self._jobs, self._ledger))
+
+    def _reuse_finished(self, jobs: Iterable[int]) -> None:
+        """What these jobs are is known by now: perhaps others have done them."""
+        identities = {job: self._jobs[job].identity for job in jobs}
+        finished = self._store.finished(identities.values())
+        for job, identity in identities.items():
+            found = finished.get(identity)
             if found is not None and usable(found):
-                self._reuse(row.id, found, time.time())
+                self._reuse(job, found, time.time())
 
     def _note(self, active: Active, data: Data) -> None:
         job, attempt = active.row.id, active.attempt

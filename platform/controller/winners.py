@@ -31,14 +31,15 @@ def winner(
 
 def pass_on(
     search: JobRow, trials: Trials, result: Mapping[str, Any], jobs: Jobs, ledger: Ledger
-) -> None:
-    """Resolve what waits for a search's winner, as far as nothing else lacks.
+) -> list[int]:
+    """Resolve the jobs that wait for a search's winner, as far as nothing else lacks.
 
     Raises:
-        KvlabError: a job cannot be built on this winner.
+        KvlabError: one cannot be built on this winner.
     """
+    resolved: list[int] = []
     if result["best"] is None:
-        return
+        return resolved
     models = {arm["seed"]: winner(result, arm, trials)[0] for arm in search.spec["arms"]}
     values = winner(result, search.spec["arms"][0], trials)[1]
     found = trials.methods(values)
@@ -72,6 +73,7 @@ def pass_on(
             tuple(search.spec["machine"]),
             found if direct else {},
         )
+        resolved.append(row.id)
         jobs.resolved(replace(row, spec=spec, parents=names, identity=identity, parts=parts))
         ledger.row(
             partial(
@@ -79,6 +81,7 @@ def pass_on(
                 job_id=row.id, spec=spec, parents=names, identity=identity, parts=parts,
             )
         )  # fmt: skip
+    return resolved
 
 
 def _unknown(jobs: Jobs, name: str, search: str) -> bool:

@@ -112,8 +112,24 @@ def _automatic(name: str, trial: Mapping[str, Any]) -> Iterator[str]:
             yield param
 
 
+def corners(space: Space) -> Iterator[dict[str, Any]]:
+    """Points that between them have every choice and both ends of every range."""
+    first = {one.path: one.choices[0] if one.choices else one.low for one in space.dimensions}
+    yield space.admit(first)
+    for dimension in space.dimensions:
+        for value in dimension.choices[1:] or (dimension.high,):
+            chosen = {**first, dimension.path: value}
+            if dimension.when is not None:
+                path, indices = dimension.when
+                chosen[path] = next(one for one in space.dimensions if one.path == path).choices[
+                    min(indices)
+                ]
+            yield space.admit(chosen)
+
+
 def samples(space: Space) -> Iterator[dict[str, Any]]:
     """A few points of a space, to see whether any of them can be."""
+    yield from corners(space)
     ends = [
         [(one, value) for value in (one.choices or (one.low, one.high))] for one in space.dimensions
     ]

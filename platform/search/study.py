@@ -103,7 +103,11 @@ class Study:
             KvlabError: the baseline was not measured.
         """
         found = measured(jobs, self._metrics)
-        lacking = next((name for name in self._metrics if name not in found), None)
+        wanted = self._metrics
+        if number == BASELINE:
+            limits = self._limits.values()
+            wanted = [limit["metric"] for limit in limits if limit["of_baseline"]]
+        lacking = next((name for name in wanted if name not in found), None)
         if failure is None and lacking is not None:
             failure = f"its jobs report no {lacking}"
         shown = {name: one.to_dict() for name, one in found.items()}
@@ -118,12 +122,12 @@ class Study:
             self._broker.tell(int(number), state="failed")
         else:
             values = {name: one.value for name, one in found.items()}
-            limits = {
+            beyond = {
                 text: excess(limit, values, self._baseline(limit))
                 for text, limit in self._limits.items()
             }
             objectives = {name: values[name] for name in self.spec["objectives"]}
-            self._broker.tell(int(number), objectives, limits)
+            self._broker.tell(int(number), objectives, beyond)
         return self._store(int(number), measured=shown, message=failure)
 
     def repeats(self) -> list[Data]:

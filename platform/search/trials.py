@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from pydantic import ValidationError
@@ -12,7 +13,10 @@ from kvlab import KvlabError
 from kvlab.platform.graph import Cell
 from kvlab.platform.jobs import IMPLICIT, KINDS
 from kvlab.platform.jobs.kind import Parent, Surroundings
+from kvlab.platform.jobs.model import model_key
 from kvlab.platform.jobs.reference import OWN
+from kvlab.platform.search.described import corners, space_of
+from kvlab.platform.search.space import Space
 from kvlab.platform.search.values import METHODS, placed
 from kvlab.platform.spec.contents import Contents
 from kvlab.platform.spec.identity import code_digest, identify
@@ -44,6 +48,9 @@ class Trials:
         self._identities = identities
         data = dict(spec["data"])
         self._data = {**data, "contents": contents or Contents(None, write=False)}
+        # Models such as trials are about, all over the space: they are scored on common text.
+        self._models: tuple[Parent, ...] = ()
+        self._models = tuple(self._met())
 
     def problem(self, values: Mapping[str, Any]) -> str | None:
         """Say why there can be no trial of these values; None: there can."""
@@ -78,7 +85,7 @@ class Trials:
     def methods(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The `method` and the `apply` that a trial's last jobs with one have."""
         trial = placed(self._spec["trial"], values)
-        found = {}
+        found: dict[str, Any] = {}
         for field in METHODS:
             written = [trial[kind][field] for kind in ordered(trial) if field in trial[kind]]
             found |= {field: written[-1]} if written else {}
@@ -104,6 +111,15 @@ class Trials:
             for arm in self._spec["arms"]
         ]
         return self._made(BASELINE, trial, arms)
+
+    def _met(self) -> Iterator[Parent]:
+        """Yield a model of each kind that a trial can be about."""
+        found: dict[str, Parent] = {}
+        for values in corners(Space(space_of(self._spec))):
+            with suppress(KvlabError):
+                model = self.model("", values, self._spec["arms"][0])
+                found.setdefault(model_key(model), model)
+        yield from found.values()
 
     def _made(
         self,
@@ -142,7 +158,10 @@ class Trials:
             self._spec["model"],
             self._data,
             parents,
-            {role: (parent,) for role, parent in parents.items()},
+            {
+                role: (parent, *(self._models if KINDS[parent.kind].produces_model else ()))
+                for role, parent in parents.items()
+            },
             kind.resources,
         )
         if checked:

@@ -173,7 +173,7 @@ class Expansion:
             self._points[job.name] = [
                 Point(draft.name, {**draft.axes, SEED: arm["seed"]} if arm else draft.axes)
                 for draft in drafts
-                for arm in draft.arms or [None]
+                for arm in draft.arms or ({},)
             ]
 
     def _joined(self, job: JobEntry, variant: Variant) -> list[Draft]:

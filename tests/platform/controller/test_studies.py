@@ -165,3 +165,78 @@ def test_a_killed_controller_loses_and_doubles_nothing(tmp_path: Path, seconds: 
     noops = {row.job: row.spec["points"] for row in after.values() if row.kind == "noop"}
     assert noops == by_number
     json.dumps(trials, allow_nan=False)
+
+
+LONGER = """
+version: 1
+name: longer
+seeds: [0, 1]
+model: {{width: 32, layers: 2, heads: 2, tie_embeddings: true}}
+data: {{source: {{folder: {text}}}, tokenizer: {{bytes: true}}, sequence_length: 32}}
+jobs:
+  base:
+    train: {{method: full_attention, tokens: 2k, batch_size: 4}}
+  best:
+    search:
+      trial:
+        uptrain: {{from: base, method: {{block_transformer: {{}}}}, tokens: 1k, batch_size: 4}}
+        evaluate: {{tokens: 500}}
+      space: {{block_transformer.block_length: [2, 4, 8]}}
+      objectives: {objectives}
+      constraints: {{perplexity: "<= 100 * base"}}
+      trials: 3
+      parallel: {parallel}
+  longer:
+    uptrain: {{from: best.best, tokens: 2k, batch_size: 4}}
+  quality:
+    evaluate: {{of: [longer, base], tokens: 500}}
+"""
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> Path:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(60):
+        (folder / f"{i:02}.txt").write_text(f"Document {i} says {i * i}.\n" * 9)
+    return folder
+
+
+def test_the_winner_is_trained_longer(run, documents: Path) -> None:
+    """What it is shows when it is found; jobs below it are resolved against it, once for all."""
+    text = LONGER.format(text=documents, objectives="[train_flops]", parallel=2)
+    outcome, workflow = run(text)
+    assert outcome.state is WorkflowState.DONE
+    jobs = {row.name: row for row in workflow.jobs}
+    found = result(workflow)
+    # The longest blocks take the fewest FLOPs.
+    winner = next(trial for trial in found["trials"] if trial["number"] == found["best"])
+    assert winner["values"] == {"block_transformer.block_length": 8}
+    for seed in (0, 1):
+        longer = jobs[f"longer[seed={seed}]"]
+        assert longer.parents["from"] == f"best/{found['best']}/uptrain[seed={seed}]"
+        assert longer.spec["method"]["granularity"]["block_transformer"]["block_length"] == 8
+        assert "deferred" not in longer.spec
+        # Scored from where the winner can: not where the model that stood in for it could.
+        assert jobs[f"quality[of=base,seed={seed}]"].spec["first_target"] == 8
+    # Trials and baseline are scored on the same targets, wherever a trial's first block ends.
+    targets = {
+        row.result["targets"]["hash"] for row in workflow.jobs if row.job.endswith("/evaluate")
+    }
+    assert len(targets) == 1
+    assert found["baseline"]["perplexity"]["value"] > 1
+
+    _, again = run(text.replace("parallel: 2", "parallel: 1"))
+    assert {row.name: row.identity for row in again.jobs if "/" not in row.job} == {
+        row.name: row.identity for row in workflow.jobs if "/" not in row.job
+    }
+    assert not any(row.attempt for row in again.jobs)  # the study, and all below its winner
+
+
+def test_a_winner_that_later_jobs_cannot_take(run, documents: Path) -> None:
+    text = LONGER.format(text=documents, objectives="[train_flops]", parallel=2)
+    text = text.replace("of: [longer, base], tokens: 500", "of: longer, sequence_length: 12")
+    outcome, workflow = run(text.replace("[2, 4, 8]", "[2, 4, 16]"))
+    assert outcome.state is WorkflowState.FAILED
+    search = next(row for row in workflow.jobs if row.kind == "search")
+    assert "evaluate.sequence_length: must be two or more blocks" in search.message
