@@ -38,15 +38,14 @@ def pass_on(
         KvlabError: one cannot be built on this winner.
     """
     resolved: list[int] = []
-    if result["best"] is None:
+    waiting = [row for row in jobs.rows.values() if DEFERRED in row.spec]
+    if not waiting or result["best"] is None:
         return resolved
     models = {arm["seed"]: winner(result, arm, trials)[0] for arm in search.spec["arms"]}
     values = winner(result, search.spec["arms"][0], trials)[1]
     found = trials.methods(values)
-    for row in list(jobs.rows.values()):
-        held = row.spec.get(DEFERRED)
-        if held is None:
-            continue
+    for row in waiting:
+        held = row.spec[DEFERRED]
         best = models.get(held["seed"]) or next(iter(models.values()))
         names = {
             role: best.name if name == search.name else name for role, name in row.parents.items()

@@ -71,7 +71,11 @@ class Trials:
         return self._made(str(number), placed(self._spec["trial"], values), self._spec["arms"])
 
     def model(self, number: str, values: Mapping[str, Any], arm: Mapping[str, Any]) -> Parent:
-        """The model that a trial is about: one that it makes, or the one that it names."""
+        """The model that a trial is about: one that it makes, or the one that it names.
+
+        Raises:
+            KvlabError: there is none, or no such trial.
+        """
         made: dict[str, Parent] = {}
         trial = placed(self._spec["trial"], values)
         for kind in ordered(trial):
@@ -79,8 +83,10 @@ class Trials:
         makers = [kind for kind in made if KINDS[kind].produces_model]
         if makers:
             return made[makers[-1]]
-        named = next(name for role, name in arm["parents"].items() if role.endswith(".of"))
-        return self._outside[named]
+        for role, name in arm["parents"].items():
+            if role.endswith(".of"):
+                return self._outside[name]
+        raise KvlabError("the search's trials are about no model: it has no best one")
 
     def methods(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The `method` and the `apply` that a trial's last jobs with one have."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from kvlab import KvlabError
@@ -74,6 +75,7 @@ class Expansion:
         self.drafts: dict[str, list[Draft]] = {}
         self.implicit: Parent | None = None
         self.parents: dict[str, Parent] = {}
+        self._searches: dict[str, Callable[[], Parent]] = {}
         self._stand_ins: dict[str, Parent] = {}
         self._deferred: set[str] = set()
         self._variants: dict[str, list[Variant]] = {}
@@ -272,15 +274,16 @@ class Expansion:
     def _resolve(self, job: JobEntry, drafts: Sequence[Draft]) -> bool:
         """Fill in specs. Checks run once per matrix point: seeds change nothing they look at."""
         kind = KINDS[job.kind]
-        siblings = self._siblings(drafts)
         checked: set[int] = set()
         sound = True
+        siblings: dict[str, tuple[Parent, ...]] | None = None
         for draft in drafts:
-            parents = {role: self._standing(name) for role, name in draft.parents.items()}
-            around = Surroundings(
-                draft.axes[SEED], self.model, self.data, parents, siblings, draft.resources
-            )
             try:
+                siblings = self._siblings(drafts) if siblings is None else siblings
+                parents = {role: self._standing(name) for role, name in draft.parents.items()}
+                around = Surroundings(
+                    draft.axes[SEED], self.model, self.data, parents, siblings, draft.resources
+                )
                 point = self._point(draft)
                 if point not in checked:
                     checked.add(point)
@@ -288,7 +291,9 @@ class Expansion:
                 draft.spec = kind.resolve(draft.settings, around)
                 if draft.arms:
                     draft.spec["arms"] = draft.arms
-                    self._stand_ins[draft.name] = kind.stand_in(draft.name, draft.spec, parents)
+                    self._searches[draft.name] = partial(
+                        kind.stand_in, draft.name, draft.spec, parents
+                    )
                 if self._waits(draft, siblings):
                     self._deferred.add(draft.name)
                     draft.needs = tuple(dict.fromkeys((*draft.needs, *self._stand_ins)))
@@ -301,7 +306,11 @@ class Expansion:
 
     def _standing(self, name: str) -> Parent:
         """A parent as a child sees it: of a search a model such as it may find."""
-        return self._stand_ins.get(name) or self.parents[name]
+        if name not in self._searches:
+            return self.parents[name]
+        if name not in self._stand_ins:
+            self._stand_ins[name] = self._searches[name]()
+        return self._stand_ins[name]
 
     def _waits(self, draft: Draft, siblings: Mapping[str, Sequence[Parent]]) -> bool:
         """Whether what a cell is shows only once a search has found its winner."""
