@@ -35,7 +35,7 @@ def dimensions(trial: Mapping[str, Any], written: Any) -> list[Dimension]:
     for path, given in sorted(written.items(), key=lambda one: not of_field(str(one[0]), trial)):
         head, _, param = str(path).partition(".")
         if of_field(path, trial):
-            if not param:
+            if not param and head not in METHODS:
                 raise KvlabError(f"{path}: must name a field of {head}, such as {head}.seed")
             found.append(parse(path, given))
             continue

@@ -73,6 +73,9 @@ class Study:
             self._broker.restore(
                 [Row(**{c: data[c] for c in columns}) for data in self._told.values()]
             )
+        else:
+            for point in spec["start"]:
+                self._broker.enqueue(point)
         self._broker.start()
 
     def next(self, running: set[str]) -> Try | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from kvlab import KvlabError
 from kvlab.methods.registry import REGISTRY
+from kvlab.platform.jobs import KINDS
 
 METHODS = ("method", "apply")
 """Fields of a job that hold a method."""
@@ -18,8 +19,9 @@ def placed(trial: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any
 
     Args:
         trial: kind -> what is written under it.
-        values: `KIND.FIELD...` sets that field; `VALUE.PARAM` the parameter of a method's value,
-            wherever the trial names it. Fields first: they may name the value.
+        values: `KIND.FIELD...` sets that field; `apply` or `method` alone that of every job that
+            has one; `VALUE.PARAM` the parameter of a method's value, wherever the trial names it.
+            Fields first: they may name the value.
 
     Raises:
         KvlabError: a path that leads nowhere.
@@ -27,7 +29,11 @@ def placed(trial: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any
     made = deepcopy(dict(trial))
     for path, value in sorted(values.items(), key=lambda one: not of_field(one[0], trial)):
         head, *rest = path.split(".")
-        if of_field(path, trial):
+        if path in METHODS:
+            for kind, raw in made.items():
+                if path in KINDS[kind].settings.model_fields:
+                    raw[path] = deepcopy(value)
+        elif of_field(path, trial):
             field: Any = made[head]
             for part in rest[:-1]:
                 field = field.setdefault(part, {})
@@ -40,8 +46,8 @@ def placed(trial: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any
 
 
 def of_field(path: str, trial: Mapping[str, Any]) -> bool:
-    """Whether a path names a field of a job, and no parameter of a method."""
-    return path.split(".")[0] in trial
+    """Whether a path names a field of jobs, and no parameter of a method."""
+    return path in METHODS or path.split(".")[0] in trial
 
 
 def named(written: Any) -> Iterator[str]:

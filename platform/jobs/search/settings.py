@@ -106,6 +106,7 @@ class SearchSettings(Settings):
     ] = "auto"
     constraints: dict[str, str] = {}  # noqa: RUF012
     baseline: One | None = None
+    start: Annotated[tuple[dict[str, Any], ...], Field(strict=False)] = ()
     trials: int = Field(default=30, ge=1, le=10_000)
     parallel: int = Field(default=2, ge=1, le=1_000)
     sampler: str = "tpe"
@@ -139,9 +140,11 @@ class SearchSettings(Settings):
                     path = ("trial", kind, role)
                     problems.append((path, "must name one job: a trial measures one model"))
         try:
-            if not dimensions(self.trial.raw, self.space):
+            found = dimensions(self.trial.raw, self.space)
+            if not found:
                 said = "is empty: no method of the trial declares a range, so name some"
                 problems.append((("space",), said))
+            problems += _start_problems(Space(found), self.start)
         except KvlabError as error:
             where, _, said = str(error).partition(": ")
             problems.append(
@@ -220,6 +223,7 @@ class Search(Kind):
             "parallel": settings.parallel,
             "sampler": settings.sampler,
             "seed": settings.seed,
+            "start": [dict(point) for point in settings.start],
             "model": dict(around.model),
             "data": {key: value for key, value in around.data.items() if key != "contents"},
             "arms": [{"seed": around.seed, "parents": _names(around)}],
@@ -254,6 +258,16 @@ class Search(Kind):
 
     def predict(self, spec: Mapping[str, Any], parents: Mapping[str, Parent]) -> Prediction:
         return Prediction()
+
+
+def _start_problems(
+    space: Space, points: Iterable[Mapping[str, Any]]
+) -> Iterator[tuple[Path, str]]:
+    for number, point in enumerate(points):
+        try:
+            space.admit(point)
+        except KvlabError as error:
+            yield ("start", number), str(error)
 
 
 def places(trial: Mapping[str, Settings]) -> set[str]:
