@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kvlab.db.states import Cause, JobState
+from kvlab.methods.registry import REGISTRY
 from kvlab.platform.compare.build import compare
 from kvlab.platform.compare.statistics import t_quantile
 from kvlab.platform.compare.studies import REFERENCE
@@ -64,6 +65,21 @@ def test_what_a_trial_trained_is_no_arm_unless_another_job_measures_it(
     assert [arm.id for arm in study.compared().arms] == [unused]
     lab.evaluate("best/0/train[seed=0]", 3.4)
     assert [arm.id for arm in study.compared().arms] == [unused, "best/0/train"]
+
+
+def test_methods_of_trials_do_not_lengthen_the_names_of_arms(search: Any, lab: Any) -> None:
+    default = REGISTRY.find("block_transformer").params().block_length  # type: ignore[union-attr]
+
+    def method(length: int) -> dict[str, Any]:
+        return {"granularity": {"block_transformer": {"block_length": length}}}
+
+    lab.evaluate(lab.train("block", 0, method=method(default)), 3.5)
+    study = search(ONE)
+    study.trial(0.1, 0.2, 3.6)
+    lab.train("best/0/train", 0, method=method(2 * default))
+    study.done()
+    (arm,) = study.compared().arms
+    assert (arm.id, arm.method) == ("block", "block_transformer")
 
 
 def test_one_objective_has_a_winner_set_against_the_baseline(search: Any) -> None:
@@ -141,6 +157,21 @@ def test_hypervolume_is_the_share_of_a_box_and_never_falls(mixed: Any) -> None:
     assert curve == pytest.approx([reached[n] for n in (0, 0, 1, 1, 2, 3)], abs=0.01)
     assert list(curve) == sorted(curve)
     assert 0 < curve[0] < curve[-1] < 1
+
+
+def test_the_best_so_far_of_each_objective_goes_its_own_way(search: Any) -> None:
+    study = search(THREE)
+    for loss, speed, kv in ((3.5, 120, 3000.0), (3.6, 150, 2000.0), (3.4, 110, 2500.0)):
+        study.trial(0.1, loss / 10, loss, speed, kv)
+    study.done()
+    (found,) = study.compared().studies
+    values = [[trial.value(name) for trial in found.trials] for name in THREE]
+    (p0, _, p2), (s0, s1, _), (k0, k1, _) = values
+    assert found.progress.best == {
+        "perplexity": (p0, p0, p2),
+        "tokens_per_second": (s0, s1, s1),
+        "kv_bytes_per_token": (k0, k1, k1),
+    }
 
 
 @pytest.mark.parametrize("objectives", [ONE, {**THREE, "peak_memory_bytes": "minimize"}])

@@ -113,7 +113,19 @@ def test_the_history_of_every_objective_and_of_the_hypervolume(mixed: Any) -> No
     spans = [figure["layout"][axis]["domain"] for axis in ("yaxis", "yaxis2", "yaxis3", "yaxis4")]
     assert all(upper[0] > lower[1] for upper, lower in pairwise(spans))
     assert figure["layout"]["yaxis4"]["title"]["text"] == "hypervolume"
-    assert "tickformat" not in figure["layout"]["yaxis2"]
+
+
+def test_shares_of_one_axis_are_not_those_of_the_next(search: Any) -> None:
+    objectives = {"top1_agreement": "maximize", "perplexity": "minimize"}
+    study = search({"tokens_per_second": "maximize", "perplexity": "minimize"})
+    study.trial(0.1, 0.2, 3.5)
+    text = json.dumps(study.done()).replace("tokens_per_second", "top1_agreement")
+    study.lab.outcomes["best"] = json.loads(text)
+    study.objectives.clear()
+    study.objectives.update(objectives)
+    layout = figures(study)["study-0-history"]["layout"]
+    assert layout["yaxis"]["tickformat"] == ".0%"
+    assert "tickformat" not in layout["yaxis2"]
 
 
 def test_importances_are_bars(two: Any) -> None:
@@ -150,6 +162,15 @@ def test_slices_are_each_objective_by_each_parameter(two: Any) -> None:
             assert layout[f"xaxis{number}"]["title"]["text"] == path.split(".")[1]
     assert layout["yaxis2"]["matches"] == "y"
     assert layout["yaxis5"]["matches"] == "y4"
+
+
+def test_slices_begin_with_what_matters_most(search: Any) -> None:
+    study = search({"perplexity": "minimize"}, asked=24)
+    for number in range(24):
+        study.trial(0.1 + 0.01 * (number % 5), 0.2 + 0.01 * number, 3.5 + 0.05 * number)
+    study.done()
+    layout = figures(study)["study-0-slices"]["layout"]
+    assert layout["xaxis"]["title"]["text"] == "share"
 
 
 def test_one_objective_has_no_front(search: Any) -> None:

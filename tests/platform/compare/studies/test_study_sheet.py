@@ -65,19 +65,19 @@ def test_a_long_front_is_cut_on_a_terminal_alone(search: Any) -> None:
 
 
 def test_where_none_is_feasible_those_that_miss_least_are_shown(search: Any) -> None:
-    study = search(
-        ONE, [("kv_bytes_per_token", "<=", 3000, False), ("perplexity", "<=", 33, False)]
-    )
-    study.trial(0.1, 0.2, 3.4, kv=3500.0)
-    study.trial(0.2, 0.2, 3.6, kv=3500.0)
-    study.trial(0.3, 0.2, 3.55, kv=2000.0)
+    limits = [("kv_bytes_per_token", "<=", 3000, False), ("tokens_per_second", ">=", 2000, False)]
+    study = search(ONE, limits)
+    study.trial(0.1, 0.2, 3.6, 150, kv=3500.0)
+    study.trial(0.2, 0.2, 3.4, 100, kv=3500.0)
+    study.trial(0.3, 0.2, 3.5, 100, kv=2000.0)
     study.done()
     text = study.printed()
-    assert shown(text) == [0, 2, 1]
+    assert shown(text) == [2, 0, 1]
     assert text.count("misses kv_bytes_per_token <= 3000") == 2
-    assert text.count("misses perplexity <= 33") == 2
+    assert text.count("misses tokens_per_second >= 2000") == 2
     assert "No trial meets the constraints: those shown miss the fewest." in text
-    assert "best: none of 3 trials meets kv_bytes_per_token <= 3000 and perplexity <= 33." in text
+    said = "kv_bytes_per_token <= 3000 and tokens_per_second >= 2000"
+    assert f"best: none of 3 trials meets {said}." in text
     assert "◆" not in text
 
 
@@ -100,6 +100,16 @@ def test_one_seed_has_the_interval_of_its_repeats(search: Any) -> None:
     text = study.printed()
     assert "Trial 0 against base: tokens/s ×1.50 [1.44,\N{NO-BREAK SPACE}1.57]." in text
     assert "one seed; below a number the 95 % interval of its repeats" in text
+
+
+def test_what_is_counted_flatters_nobody(search: Any) -> None:
+    study = search({"kv_bytes_per_token": "minimize"})
+    study.trial(0.1, 0.2, 3.5, kv=2000.0)
+    study.trial(0.2, 0.2, 3.5, kv=3000.0)
+    study.done()
+    text = study.printed()
+    assert "trial 0 has the lowest KV per token, 2,000 B (counted)" in text
+    assert "was chosen" not in text
 
 
 def test_a_ratio_that_is_not_known_says_so(search: Any) -> None:
