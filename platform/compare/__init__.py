@@ -78,9 +78,14 @@ def _place(html: Path | None, comparison: Comparison) -> Path | None:
     """Where the report of a run that ended goes; None: there is nothing to report."""
     from kvlab.platform.compare.place import default_place
 
-    if not (comparison.measured or comparison.calibrations or comparison.guesses):
+    if not (comparison.measured or _beside(comparison)):
         return None
     return html or default_place(comparison.name, comparison.workflow_id)
+
+
+def _beside(comparison: Comparison) -> bool:
+    """Whether there is anything to show beside the arms."""
+    return bool(comparison.calibrations or comparison.guesses or comparison.studies)
 
 
 def report_of(store: Store, workflow_id: int, state: WorkflowState | None = None) -> str | None:
@@ -92,7 +97,7 @@ def report_of(store: Store, workflow_id: int, state: WorkflowState | None = None
     from kvlab.platform.compare.build import compare
 
     comparison = compare(store.load(workflow_id))
-    if not (comparison.arms or comparison.calibrations or comparison.guesses):
+    if not (comparison.arms or _beside(comparison)):
         return None
     if state is not None:
         comparison = replace(comparison, state=state.value)

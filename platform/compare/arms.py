@@ -20,6 +20,7 @@ from kvlab.platform.compare.labels import (
 )
 from kvlab.platform.compare.metrics import QUALITIES
 from kvlab.platform.compare.samples import READERS, Key, Reading, Recalled, Sample
+from kvlab.platform.compare.studies import of_trial
 
 OF = "of"
 """The role in which a measuring job names the model it measures."""
@@ -68,15 +69,18 @@ def seed_of(row: JobRow) -> str:
 
 
 def gather(jobs: Sequence[JobRow]) -> list[Draft]:
-    """Return the arms in the order in which the workflow names their models."""
+    """Return the arms in the order in which the workflow names their models.
+
+    The jobs of a study's trials are none: they are shown with their study.
+    """
     by_name = {row.name: row for row in jobs}
     drafts: dict[tuple[str, str, str], Draft] = {}
     measured = [
         (row, by_name[row.parents[OF]])
         for row in jobs
-        if OF in row.parents and row.kind not in PREPARING
+        if OF in row.parents and row.kind not in PREPARING and not of_trial(row)
     ]
-    names = _names(jobs, measured)
+    names = _names([row for row in jobs if not of_trial(row)], measured)
 
     for row, model in measured:
         given = given_text(row, by_name)
@@ -89,7 +93,7 @@ def gather(jobs: Sequence[JobRow]) -> list[Draft]:
                 _take(draft, row, reading)
     used = {name for row in jobs for name in row.parents.values()}
     for row in jobs:
-        if _makes_model(row) and row.name not in used:
+        if _makes_model(row) and row.name not in used and not of_trial(row):
             draft = _draft(drafts, names, row, {})
             draft.models.setdefault(seed_of(row), row)
     order = {row.name: index for index, row in enumerate(jobs)}

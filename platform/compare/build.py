@@ -19,6 +19,7 @@ from kvlab.platform.compare.metrics import METRICS, Place
 from kvlab.platform.compare.model import Arm, Column, Comparison, Cost, Front, Number
 from kvlab.platform.compare.pareto import front
 from kvlab.platform.compare.statistics import summarise
+from kvlab.platform.compare.studies import read_studies, study_notes, unfound
 
 ROUNDING = 1e-12
 """Log ratios and differences up to this are those of equal numbers."""
@@ -32,7 +33,10 @@ def compare(workflow: Workflow) -> Comparison:
     """
     drafts = gather(workflow.jobs)
     layout = lay_out(drafts)
+    studies = read_studies(workflow.jobs)
     baseline, notes = _baseline(drafts, workflow.report.get("baseline"))
+    if studies and not drafts:
+        notes = []  # the baseline is measured for a study
     against = {draft.id: _against(draft, drafts, baseline) for draft in drafts}
     by_id = {draft.id: draft for draft in drafts}
     arms = tuple(
@@ -56,6 +60,7 @@ def compare(workflow: Workflow) -> Comparison:
             *layout.notes,
             *_unfronted(workflow.report, layout),
             *_notes(arms, measured),
+            *study_notes(workflow.jobs),
             *_open(workflow.jobs),
         ),
         environments=_environments(workflow.jobs),
@@ -63,6 +68,8 @@ def compare(workflow: Workflow) -> Comparison:
         measured=measured,
         calibrations=read_calibrations(workflow.jobs),
         guesses=read_guesses(workflow.jobs),
+        studies=studies,
+        unfound=unfound(workflow.jobs),
     )
 
 

@@ -60,6 +60,11 @@ def change_text(metric: Metric, change: Change) -> str:
         return "not distinguished"
     if change.verdict == "equal":
         return "equal"
+    return span_text(metric, change)
+
+
+def span_text(metric: Metric, change: Change) -> str:
+    """`×0.99 [0.96, 1.02]`: the ratio or the difference with its interval, whatever it says."""
     if change.ratio is None:
         assert change.difference is not None
         scale = max(abs(v) for v in (change.difference, change.low, change.high) if v is not None)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import isfinite
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from kvlab.platform.compare.calibrations import Calibration
 from kvlab.platform.compare.controllers import Guess
 from kvlab.platform.compare.metrics import METRICS, Metric, Place
 from kvlab.platform.compare.samples import Recalled
+
+if TYPE_CHECKING:
+    from kvlab.platform.compare.studies import Study
 
 Verdict = Literal["better", "worse", "equal", "not distinguished", "no interval"]
 SCHEMA = 1
@@ -159,6 +162,7 @@ class Comparison:
         notes: what a reader must know before believing a number.
         measured: whether some arm has a number; where jobs measure, one that was measured.
         calibrations: what its calibrate jobs found. guesses: what its controller jobs found.
+        studies: what its search jobs found. unfound: search jobs that are not done, or failed.
         environments: device descriptions seen in benchmarks, each with the settings it belongs to.
     """
 
@@ -178,6 +182,8 @@ class Comparison:
     measured: bool
     calibrations: tuple[Calibration, ...] = ()
     guesses: tuple[Guess, ...] = ()
+    studies: tuple[Study, ...] = ()
+    unfound: tuple[str, ...] = ()
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.id == name)

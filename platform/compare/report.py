@@ -18,6 +18,7 @@ from kvlab.platform.compare.model import Comparison
 from kvlab.platform.compare.place import MARK
 from kvlab.platform.compare.plots import charts, colours
 from kvlab.platform.compare.sheets import further_sheets, main_sheet
+from kvlab.platform.compare.study_sheet import study_sheets
 from kvlab.platform.compare.summary import summarise_in_words
 
 DRAW = """
@@ -52,7 +53,11 @@ def render(comparison: Comparison, curves: Mapping[str, Curve]) -> str:
     library = get_plotlyjs() if drawn else ""
     script = DRAW if drawn else ""
     sheets = [main_sheet(comparison), *further_sheets(comparison)] if comparison.arms else []
-    sheets += [*calibration_sheets(comparison), *controller_sheets(comparison)]
+    sheets += [
+        *calibration_sheets(comparison),
+        *controller_sheets(comparison),
+        *study_sheets(comparison, every=True),
+    ]
     shade = colours(comparison)
     return environment.get_template("report.html.j2").render(
         comparison=comparison,

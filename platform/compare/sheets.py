@@ -47,12 +47,13 @@ class Heading:
 
 @dataclass(frozen=True, slots=True)
 class Sheet:
-    """One table. Every row begins with the arm's name."""
+    """One table. Every row begins with the arm's name. remarks: what to read below it."""
 
     title: str
     caption: str
     headings: tuple[Heading, ...]
     rows: tuple[tuple[Cell, ...], ...]
+    remarks: tuple[str, ...] = ()
 
 
 def main_sheet(comparison: Comparison) -> Sheet:

@@ -10,6 +10,7 @@ from kvlab.platform.compare.formats import amount_text, percent_text, signed_tex
 from kvlab.platform.compare.labels import grouped, listed
 from kvlab.platform.compare.metrics import Metric
 from kvlab.platform.compare.model import Arm, Change, Column, Comparison
+from kvlab.platform.compare.study_words import studies_in_words
 
 MOST_ARMS = 8
 """Arms that get a sentence each; the table has them all."""
@@ -22,13 +23,16 @@ DEFAULT = (
 
 def summarise_in_words(comparison: Comparison) -> list[str]:
     """Return sentences: what was compared, each arm against the baseline, and what is worth it."""
-    calibrated = calibrations_in_words(comparison.calibrations[:MOST_ARMS])
-    calibrated += guesses_in_words(comparison.guesses)[:MOST_ARMS]
+    beside = calibrations_in_words(comparison.calibrations[:MOST_ARMS])
+    beside += guesses_in_words(comparison.guesses)[:MOST_ARMS]
+    beside += studies_in_words(comparison.studies[:MOST_ARMS])
+    if comparison.unfound:
+        beside.append(f"No result of {listed(comparison.unfound)}: see the notes.")
     if not comparison.arms:
-        return calibrated or ["This workflow measures no model, so there is nothing to compare."]
+        return beside or ["This workflow measures no model, so there is nothing to compare."]
     if not comparison.measured:
         yet = " yet" if _unfinished(comparison) else ""
-        return [f"No arm has a number{yet}.", *calibrated]
+        return [f"No arm has a number{yet}.", *beside]
     columns = _columns(comparison)
     sentences = [_opening(comparison)]
     for arm in _spoken_of(comparison):
@@ -36,7 +40,7 @@ def summarise_in_words(comparison: Comparison) -> list[str]:
             sentences.append(f"{arm.id} against {arm.against}: {'; '.join(claims)}.")
     sentences.extend(_worth(comparison, columns))
     sentences.extend(_front(comparison))
-    return [*sentences, *calibrated]
+    return [*sentences, *beside]
 
 
 def _spoken_of(comparison: Comparison) -> list[Arm]:

@@ -13,6 +13,7 @@ from kvlab.platform.compare.calibration_sheet import calibration_sheets
 from kvlab.platform.compare.controller_sheet import controller_sheets
 from kvlab.platform.compare.model import Comparison
 from kvlab.platform.compare.sheets import Cell, Heading, Sheet, Tone, further_sheets, main_sheet
+from kvlab.platform.compare.study_sheet import study_sheets
 from kvlab.platform.compare.summary import summarise_in_words
 
 STYLES: dict[Tone, str] = {
@@ -38,7 +39,11 @@ def draw(comparison: Comparison, console: Console) -> None:
     if comparison.arms and comparison.measured:
         for sheet in (main_sheet(comparison), *further_sheets(comparison)):
             console.print(_sheet(sheet, console))
-    for sheet in (*calibration_sheets(comparison), *controller_sheets(comparison)):
+    for sheet in (
+        *calibration_sheets(comparison),
+        *controller_sheets(comparison),
+        *study_sheets(comparison),
+    ):
         console.print(_sheet(sheet, console))
     for sentence in summarise_in_words(comparison):
         console.print(Text(f"• {sentence}"))
@@ -60,6 +65,7 @@ def _sheet(sheet: Sheet, console: Console) -> RenderableType:
         rest = rest[taken:]
     if sheet.caption:
         parts.append(Padding(Text(sheet.caption, style="dim"), (0, 1), expand=False))
+    parts += [Padding(Text(f"• {remark}"), (0, 1), expand=False) for remark in sheet.remarks]
     return Group(*parts)
 
 

@@ -12,6 +12,7 @@ from kvlab.platform.compare.plots import (
     pareto,
     positions,
     recall,
+    study,
     throughput,
     training,
 )
@@ -31,4 +32,5 @@ def charts(comparison: Comparison, curves: Mapping[str, Curve]) -> list[Chart]:
         *recall.plot(comparison, colour),
         *training.plot(comparison, curves, colour),
         *calibration.plot(comparison),
+        *study.plot(comparison),
     ]
