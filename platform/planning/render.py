@@ -109,13 +109,18 @@ def _points(groups: Mapping[str, Sequence[Planned]], console: Console) -> None:
     table = _table("job", "kind", "builds on", "seeds", "state", "resources")
     for name, members in groups.items():
         cell = members[0].cell
-        seed = cell.axes.get("seed")
-        above = [_unseeded(parent, seed) for role, parent in cell.parents.items() if role != "data"]
+        # A search is one cell for all seeds; other cells are one for each.
+        arms = [arm["seed"] for arm in cell.spec.get("arms", ())]
+        seeds = arms or [m.cell.axes["seed"] for m in members if "seed" in m.cell.axes]
+        above = [name for role, name in cell.parents.items() if role != "data"]
+        above += cell.needs
+        for seed in arms or [cell.axes.get("seed")]:
+            above = [_unseeded(name, seed) for name in above]
         table.add_row(
             escape(name),
             cell.kind,
-            escape("\n".join([*above, *({_unseeded(need, seed): None for need in cell.needs})])),
-            ",".join(str(m.cell.axes["seed"]) for m in members if "seed" in m.cell.axes),
+            escape("\n".join(dict.fromkeys(above))),
+            ",".join(map(str, seeds)),
             escape(_states(members)),
             resources(cell.resources),
             *_numbers(members),
