@@ -111,9 +111,19 @@ def published(job: str, workflow: str | None, what: str = "model") -> Path:
         names = ", ".join(one.name for one in cells)
         raise KvlabError(f"'{job}' of workflow {number} has several cells, choose one: {names}")
     (cell,) = cells
+    if cell.kind == "search" and cell.result is not None:
+        cell = _winner(cell, cell.result, jobs)
     if cell.artifact_uri is None or not Path(cell.artifact_uri, f"{what}.json").is_file():
         raise KvlabError(f"'{job}' of workflow {number} ({cell.state}) has published no {what}")
     return Path(cell.artifact_uri)
+
+
+def _winner(search: JobRow, result: dict[str, Any], jobs: Sequence[JobRow]) -> JobRow:
+    """The job that made the model of a search's best trial, of its first seed."""
+    made = f"{search.name}/{result['best']}/"
+    named = set(search.spec["arms"][0]["parents"].values())
+    makers = [one for one in jobs if one.job.startswith(made) and "method" in one.spec]
+    return next(iter(makers), next((one for one in jobs if one.name in named), search))
 
 
 def _called(job: str, jobs: Sequence[JobRow]) -> list[JobRow]:

@@ -16,6 +16,7 @@ import pytest
 
 from kvlab.db.states import JobState, WorkflowState
 from kvlab.db.store import Store
+from kvlab.platform.cli.export import published
 from kvlab.platform.controller.controller import Controller
 from kvlab.platform.controller.jobs import new_job
 from kvlab.platform.spec.read import load_graph
@@ -202,7 +203,7 @@ def documents(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_winner_is_trained_longer(run, documents: Path) -> None:
+def test_the_winner_is_trained_longer(run, home, documents: Path, monkeypatch) -> None:
     """What it is shows when it is found; jobs below it are resolved against it, once for all."""
     text = LONGER.format(text=documents, objectives="[train_flops]", parallel=2)
     outcome, workflow = run(text)
@@ -219,6 +220,11 @@ def test_the_winner_is_trained_longer(run, documents: Path) -> None:
         assert "deferred" not in longer.spec
         # Scored from where the winner can: not where the model that stood in for it could.
         assert jobs[f"quality[of=base,seed={seed}]"].spec["first_target"] == 8
+    # `kvlab serve best` and `kvlab export best` take the winner.
+    monkeypatch.setenv("KVLAB_HOME", str(home.root))
+    assert published("best", "longer") == Path(
+        jobs[f"best/{found['best']}/uptrain[seed=0]"].artifact_uri
+    )
     # Trials and baseline are scored on the same targets, wherever a trial's first block ends.
     targets = {
         row.result["targets"]["hash"] for row in workflow.jobs if row.job.endswith("/evaluate")
