@@ -33,7 +33,6 @@ class Trials:
     Args:
         name: of the study's cell. spec: see `Search.resolve`.
         outside: every cell that a trial builds on, by name. identities: theirs.
-        contents: digests of large files; None: none is asked for.
     """
 
     def __init__(
@@ -42,12 +41,11 @@ class Trials:
         spec: Mapping[str, Any],
         outside: Mapping[str, Parent],
         identities: dict[str, str] | None = None,
-        contents: Any = None,
     ) -> None:
         self.name, self._spec, self._outside = name, spec, outside
         self._identities = identities
-        data = dict(spec["data"])
-        self._data = {**data, "contents": contents or Contents(None, write=False)}
+        contents = Contents(None, write=False)
+        self._data = {**spec["data"], "folder": spec["folder"], "contents": contents}
         # Models such as trials are about, all over the space: they are scored on common text.
         self._models: tuple[Parent, ...] = ()
         self._models = tuple(self._met())

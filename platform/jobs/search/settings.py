@@ -192,7 +192,7 @@ class Search(Kind):
     inline = True
     measured = True
     spans_seeds = True
-    incidental = frozenset({"machine", "parallel"})
+    incidental = frozenset({"folder", "machine", "parallel"})
 
     @cached_property
     def references(self) -> References:  # type: ignore[override]
@@ -225,7 +225,8 @@ class Search(Kind):
             "seed": settings.seed,
             "start": [dict(point) for point in settings.start],
             "model": dict(around.model),
-            "data": {key: value for key, value in around.data.items() if key != "contents"},
+            "data": {k: v for k, v in around.data.items() if k not in ("contents", "folder")},
+            "folder": around.data["folder"],
             "arms": [{"seed": around.seed, "parents": _names(around)}],
         }
 
