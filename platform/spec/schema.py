@@ -56,7 +56,10 @@ def schema() -> dict[str, Any]:
 
 def _required(kind: str) -> dict[str, Any]:
     settings = KINDS[kind].settings.model_json_schema(by_alias=True)
-    return {"required": settings.get("required", [])}
+    required = settings.get("required", [])
+    if "from" in required:  # a search's winner brings its method
+        required = [name for name in required if name != "method"]
+    return {"required": required}
 
 
 def _lifted(own: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:

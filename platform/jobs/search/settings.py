@@ -98,7 +98,9 @@ class SearchSettings(Settings):
     """`search:` asks Optuna for points of a space and runs the jobs of a trial for each."""
 
     trial: Annotated[Trial, PlainValidator(_trial), WithJsonSchema({"type": "object"})]
-    objectives: Annotated[dict[str, Direction], Field(min_length=1)]
+    objectives: Annotated[
+        dict[str, Direction], Field(min_length=1), WithJsonSchema({"type": ["object", "array"]})
+    ]
     space: Annotated[
         Any,
         PlainValidator(_space),
