@@ -90,9 +90,11 @@ class Study:
         space: path -> its dimension as it is stored.
         trials: by number, those answered without running included.
         baseline: the numbers of `against`, measured as a trial is; empty without one.
-        best: number of the best feasible trial of a single objective. front: numbers.
+        best: number of the best feasible trial by the first objective. front: numbers.
         importances: objective -> share by path, largest first; None: not known.
         ended: why not all trials were run.
+        pruned: training steps that trials did not make as they were stopped, "steps" out of "of";
+            None: nothing was to be pruned.
     """
 
     id: str
@@ -111,6 +113,7 @@ class Study:
     importances: Mapping[str, Mapping[str, float]] | None
     ended: str | None
     progress: Progress
+    pruned: Mapping[str, Any] | None = None
 
     @property
     def run(self) -> list[Trial]:
@@ -198,6 +201,7 @@ def _read(row: JobRow, result: Mapping[str, Any], by_name: Mapping[str, JobRow])
         else {name: _ordered(shares) for name, shares in importances.items()},
         ended=result.get("ended"),
         progress=_progress([t for t in trials if t.same_as is None], objectives),
+        pruned=result.get("pruned"),
     )
 
 

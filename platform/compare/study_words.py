@@ -58,6 +58,10 @@ def remarks(study: Study) -> tuple[str, ...]:
     found = [*_winner(study), *_importances(study), *_volume(study)]
     if study.ended:
         found.append(f"It ended early: {study.ended}.")
+    if study.pruned and study.pruned["trials"]:
+        steps, of = study.pruned["steps"], study.pruned["of"]
+        count = trials_text(len(study.pruned["trials"]))
+        found.append(f"{count} pruned: {steps / of:.0%} of all training steps were not made.")
     found += _lost(study)
     found += _void(study)
     repeats = len(study.trials) - len(study.run)

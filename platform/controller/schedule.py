@@ -200,6 +200,19 @@ class Schedule:
         self._set(one, JobState.DONE)
         return self._release(one)
 
+    def withdraw(self, job: int) -> list[Move]:
+        """A job that has not begun never will."""
+        one = self._jobs[job]
+        if one.state is JobState.QUEUED:
+            queue = self._ready[one.task.resources]
+            if one.order in queue:  # it may wait for its back-off instead
+                queue.remove(one.order)
+                heapq.heapify(queue)
+        elif one.state is not JobState.WAITING:
+            return []
+        self._set(one, JobState.CANCELLED)
+        return [Move(job, JobState.CANCELLED), *self._skip(one)]
+
     def wake(self, now: float) -> None:
         """Let jobs whose back-off is over run again."""
         while self._delayed and self._delayed[0][0] <= now:

@@ -22,6 +22,8 @@ from kvlab.platform.controller.ledger import Ledger
 from kvlab.platform.controller.schedule import Schedule
 from kvlab.platform.controller.winners import pass_on, winner
 from kvlab.platform.graph import Cell
+from kvlab.platform.jobs import KINDS
+from kvlab.platform.search.watch import POINT
 from kvlab.platform.spec.deferred import DEFERRED
 
 if TYPE_CHECKING:
@@ -33,6 +35,9 @@ TRIAL, KIND = "trial", "search"
 WORKER = "controller"
 LOOK_SECONDS = 0.05
 """How often a study is looked at that waits for its sampler."""
+CURVE_SECONDS = 1.0
+"""How often the learning curves of its trials are."""
+PRUNED = "pruned: others were better at the same step"
 
 Reuse = Callable[[int, FinishedJob, float], None]
 
@@ -41,7 +46,9 @@ Reuse = Callable[[int, FinishedJob, float], None]
 class Active:
     """A study under way, and the jobs of each trial that are not all over.
 
-    Attributes: adding: trials whose jobs are not stored yet.
+    Attributes:
+        adding: trials whose jobs are not stored yet. pruned: trials that were stopped.
+        look_at: when learning curves are looked at again. seen: job -> the last step of its curve.
     """
 
     row: JobRow
@@ -49,6 +56,9 @@ class Active:
     study: Study
     running: dict[str, list[int]] = field(default_factory=dict)
     adding: int = 0
+    pruned: set[str] = field(default_factory=set)
+    look_at: float = 0.0
+    seen: dict[int, int] = field(default_factory=dict)
 
 
 class Studies:
@@ -168,8 +178,16 @@ class Studies:
         study = Study(row.spec, self._trials(row), past)
         active = self._active[job] = Active(row, attempt, study)
         for number, data in past.items():
+            of_it = list(self._of_trial(row.name, number))
             if data["state"] == "running":
-                active.running[number] = list(self._of_trial(row.name, number))
+                active.running[number] = of_it
+                study.watched(number)
+            elif study.watch is not None and data["state"] == "complete" and of_it:
+                study.watched(number)  # a measure for others, as it was
+                active.running[number] = of_it
+                self._watch(active, number, now)
+                del active.running[number]
+                study.watch.ended(int(number), complete=True)
 
     def _trials(self, row: JobRow) -> Trials:
         from kvlab.platform.search.trials import Trials
@@ -190,6 +208,10 @@ class Studies:
         for number, jobs in list(active.running.items()):
             if all(self._schedule.state(job) in TERMINAL for job in jobs):
                 self._judge(active, number)
+        if study.watch is not None and now >= active.look_at:
+            active.look_at = now + CURVE_SECONDS
+            for number in list(active.running):
+                self._watch(active, number, now)
         for data in study.repeats():
             self._note(active, data)
         while (trial := study.next(set(active.running))) is not None:
@@ -199,11 +221,44 @@ class Studies:
             self._pass_on(active.row, study.trials, result)
             self._leave(active, Cause.DONE, now, None, result)
 
+    def _watch(self, active: Active, number: str, now: float) -> None:
+        """Take in what a trial's first seed has logged; stop the trial where that is enough."""
+        watch, jobs = active.study.watch, active.running[number]
+        if watch is None or not number.isdigit() or number in active.pruned:
+            return
+        first = active.row.spec["arms"][0]["seed"]
+        for job in jobs:
+            row = self._jobs[job]
+            if not KINDS[row.kind].produces_model or row.axes.get("seed") != first:
+                continue
+            points = self._store.points(job, [POINT], after_step=active.seen.get(job))
+            if points:
+                active.seen[job] = points[-1].step
+            curve = [(point.step, point.value) for point in points]
+            over = self._schedule.state(job) in TERMINAL
+            if watch.report(int(number), curve) and not over:
+                active.pruned.add(number)
+                self._stop(jobs, now)
+                return
+
+    def _stop(self, jobs: Sequence[int], now: float) -> None:
+        """End all jobs of a trial, as far as they have not ended."""
+        end = {"cause": Cause.CANCELLED, "message": PRUNED}
+        for job in jobs:
+            if job in self._attempts.running:
+                self._attempts.end(job, end, now, kill=True)
+            else:
+                self._attempts.moved(self._schedule.withdraw(job))
+
     def _judge(self, active: Active, number: str) -> None:
+        if active.study.watch is not None:  # all that it logged, before it is a measure for others
+            self._watch(active, number, time.time())
         jobs = active.running[number]
         done = [job for job in jobs if self._schedule.state(job) is JobState.DONE]
         failure = None if len(done) == len(jobs) else self._why(jobs)
-        data = active.study.judge(number, [self._jobs.done(job) for job in done], failure)
+        pruned = number in active.pruned
+        found = [self._jobs.done(job) for job in done]
+        data = active.study.judge(number, found, PRUNED if pruned else failure, pruned=pruned)
         if data is None:
             return
         del active.running[number]

@@ -15,6 +15,7 @@ from kvlab.platform.search.outcome import Done, Measured, excess, limit_text, me
 from kvlab.platform.search.rows import Row
 from kvlab.platform.search.space import Space
 from kvlab.platform.search.trials import BASELINE, Trials, text_of
+from kvlab.platform.search.watch import Watch, saving
 
 HOPELESS = 10
 """Trials that all miss a constraint before a person is told."""
@@ -54,6 +55,9 @@ class Study:
         metrics = (*spec["objectives"], *(limit["metric"] for limit in spec["constraints"]))
         self._metrics = list(dict.fromkeys(metrics))
         self._told = {number: dict(data) for number, data in past.items()}
+        self.watch = None
+        if spec["pruner"] != "none":
+            self.watch = Watch(spec["pruner"], spec["objectives"])
         self._base: Mapping[str, Measured] | None = None if self.trials.has_baseline else {}
         base = self._told.pop(BASELINE, None)
         self._base_begun = base is not None
@@ -94,13 +98,22 @@ class Study:
             if str(point.number) in running:  # its jobs go on by themselves
                 continue
             cells = self.trials.cells(point.number, point.values)
+            self.watched(str(point.number))
             return Try(str(point.number), cells, self._store(point.number))
         return None
 
-    def judge(self, number: str, jobs: Sequence[Done], failure: str | None) -> Data | None:
+    def watched(self, number: str) -> None:
+        """Follow a trial's learning curve from now on."""
+        if self.watch is not None and number != BASELINE:
+            row = next(row for row in self._broker.rows() if row.number == int(number))
+            self.watch.begin(row.number, self.trials.predicted(row.values))
+
+    def judge(
+        self, number: str, jobs: Sequence[Done], failure: str | None, *, pruned: bool = False
+    ) -> Data | None:
         """Say what came of a trial whose jobs are over; None: not before the baseline is known.
 
-        Args: jobs: those that are done. failure: why others are not.
+        Args: jobs: those that are done. failure: why others are not. pruned: it was stopped.
 
         Raises:
             KvlabError: the baseline was not measured.
@@ -121,7 +134,11 @@ class Study:
             return {"number": BASELINE, "state": "complete", "measured": shown}
         if self._base is None:
             return None
-        if failure is not None:
+        if self.watch is not None:
+            self.watch.ended(int(number), complete=failure is None)
+        if pruned:
+            self._broker.tell(int(number), state="pruned")
+        elif failure is not None:
             self._broker.tell(int(number), state="failed")
         else:
             values = {name: one.value for name, one in found.items()}
@@ -170,7 +187,13 @@ class Study:
             "front": [row.number for row in self._broker.front()],
             "importances": self._broker.importances(),
             "ended": self._broker.ended or None,
+            "pruned": None if self.watch is None else self._saving(),
         }
+
+    def _saving(self) -> dict[str, Any]:
+        assert self.watch is not None
+        stopped = [int(n) for n, data in self._told.items() if data["state"] == "pruned"]
+        return saving(self.watch.steps, stopped)
 
     def shown(self, number: str) -> str:
         """A trial that is over, in words."""

@@ -95,6 +95,26 @@ class Trials:
             found |= {field: written[-1]} if written else {}
         return found
 
+    def predicted(self, values: Mapping[str, Any]) -> dict[str, float]:
+        """What is known of a trial before it runs, by metric: of its first seed."""
+        made: dict[str, Parent] = {}
+        trial = placed(self._spec["trial"], values)
+        found: dict[str, float] = {}
+        for kind in ordered(trial):
+            self._cell("", kind, trial[kind], self._spec["arms"][0], made, checked=False)
+            own = KINDS[kind].predict(made[kind].spec, made[kind].parents)
+            found |= {
+                metric: float(value)
+                for metric, value in (
+                    ("kv_bytes_per_token", own.kv_bytes_per_token),
+                    ("parameters", own.parameters),
+                    ("body_parameters", own.body_parameters),
+                    ("train_flops", own.flops if KINDS[kind].produces_model else None),
+                )
+                if value is not None
+            }
+        return found
+
     @property
     def has_baseline(self) -> bool:
         """Whether constraints are set against another model."""

@@ -17,10 +17,12 @@ from kvlab.platform.jobs import IMPLICIT, KINDS
 from kvlab.platform.jobs.field import Path, nested, suggest, wrong
 from kvlab.platform.jobs.kind import Kind, Parent, Prediction, Settings, Surroundings
 from kvlab.platform.jobs.reference import OWN, One
+from kvlab.platform.search import pruners
 from kvlab.platform.search.described import dimensions, samples, space_of, written_of
 from kvlab.platform.search.samplers import SAMPLERS, check
 from kvlab.platform.search.space import Space
 from kvlab.platform.search.trials import BASELINE, Trials, ordered
+from kvlab.platform.search.watch import unwatchable
 
 if TYPE_CHECKING:
     from kvlab.platform.jobs.kind import References
@@ -112,6 +114,7 @@ class SearchSettings(Settings):
     trials: int = Field(default=30, ge=1, le=10_000)
     parallel: int = Field(default=2, ge=1, le=1_000)
     sampler: str = "tpe"
+    pruner: str = "none"
     seed: int = Field(default=0, ge=0, lt=2**32)
 
     @model_validator(mode="before")
@@ -135,6 +138,7 @@ class SearchSettings(Settings):
         problems = [*self._metric_problems(), *self._constraint_problems()]
         if self.sampler not in SAMPLERS:
             problems.append((("sampler",), f"unknown sampler: {suggest(self.sampler, SAMPLERS)}"))
+        problems += self._pruner_problems()
         for kind, settings in self.trial.items():
             for role in KINDS[kind].references:
                 value = getattr(settings, role, None)
@@ -155,6 +159,21 @@ class SearchSettings(Settings):
         if problems:
             raise nested(problems)
         return self
+
+    def _pruner_problems(self) -> Iterator[tuple[Path, str]]:
+        if self.pruner == "none":
+            return
+        try:
+            pruners.check(self.pruner, len(self.objectives))
+        except KvlabError as error:
+            yield ("pruner",), str(error).removeprefix("pruner: ")
+        if not any(KINDS[kind].produces_model for kind in self.trial):
+            yield ("pruner",), "no job of the trial trains anything: leave it out"
+        elif unknown := unwatchable(self.objectives):
+            yield (
+                ("pruner",),
+                f"nothing is known of {unknown[0]} while a trial trains: leave one of the two out",
+            )
 
     def _metric_problems(self) -> Iterator[tuple[Path, str]]:
         reported = places(self.trial)
@@ -224,6 +243,7 @@ class Search(Kind):
             "trials": settings.trials,
             "parallel": settings.parallel,
             "sampler": settings.sampler,
+            "pruner": settings.pruner,
             "seed": settings.seed,
             "start": [dict(point) for point in settings.start],
             "model": dict(around.model),

@@ -17,6 +17,7 @@ import pytest
 from kvlab.db.states import JobState, WorkflowState
 from kvlab.db.store import Store
 from kvlab.platform.cli.export import published
+from kvlab.platform.controller import studies
 from kvlab.platform.controller.controller import Controller
 from kvlab.platform.controller.jobs import new_job
 from kvlab.platform.spec.read import load_graph
@@ -246,3 +247,49 @@ def test_a_winner_that_later_jobs_cannot_take(run, documents: Path) -> None:
     assert outcome.state is WorkflowState.FAILED
     search = next(row for row in workflow.jobs if row.kind == "search")
     assert "evaluate.sequence_length: must be two or more blocks" in search.message
+
+
+PRUNED = """
+version: 1
+name: pruned
+model: {{width: 32, layers: 2, heads: 2, tie_embeddings: true}}
+data: {{source: {{folder: {text}}}, tokenizer: {{bytes: true}}, sequence_length: 32}}
+jobs:
+  best:
+    search:
+      trial:
+        train: {{method: full_attention, tokens: 60k, batch_size: 4, log_every: 4, warmup: 0}}
+        evaluate: {{tokens: 500}}
+      space: {{train.learning_rate: [0.003, 0.004, 0.005, 0.006, 0.007, 0.0000001, 0.0000002]}}
+      start: [{start}]
+      objectives: {objectives}
+      trials: 7
+      parallel: 1
+      pruner: {pruner}
+"""
+
+
+@pytest.mark.parametrize("objectives", ["[perplexity]", "[perplexity, kv_bytes_per_token]"])
+def test_what_learns_nothing_is_stopped(run, documents: Path, monkeypatch, objectives) -> None:
+    """Five trials end; of two more, which hardly learn, none does: their curves are above all."""
+    monkeypatch.setattr(studies, "CURVE_SECONDS", 0.1)
+    rates = [0.003, 0.004, 0.005, 0.006, 0.007, 1e-7, 2e-7]
+    start = ", ".join(f"{{train.learning_rate: {rate:.7f}}}" for rate in rates)
+    text = PRUNED.format(text=documents, start=start, objectives=objectives, pruner="auto")
+    if "kv" in objectives:
+        text = text.replace(
+            "      space",
+            "        benchmark: {prompt: 8, generate: 4, batch: [1], repeats: 1}\n      space",
+        )
+    outcome, workflow = run(text)
+    assert outcome.state is WorkflowState.DONE
+    found = result(workflow)
+    assert [trial["state"] for trial in found["trials"]] == ["complete"] * 5 + ["pruned"] * 2
+    assert found["best"] < 5
+    saved = found["pruned"]
+    assert saved["trials"] == [5, 6]
+    assert saved["of"] == 7 * 469
+    assert 0 < saved["steps"] < 2 * 469
+    jobs = {row.name: row for row in workflow.jobs}
+    assert jobs["best/5/train[seed=0]"].state is JobState.CANCELLED
+    assert jobs["best/5/evaluate[seed=0]"].state is JobState.SKIPPED
