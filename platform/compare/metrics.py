@@ -110,6 +110,19 @@ METRICS: dict[str, Metric] = {
 }
 """Names that `report.pareto` may use, in the order in which tables show them."""
 
+
+def metric_of(name: str, goal: str | None = None) -> Metric:
+    """Return a metric; of KIND.KEY, a number that a job's result holds, a plain one.
+
+    Args: goal: "minimize" or "maximize", where a study says so.
+    """
+    known = METRICS.get(name)
+    if known is not None:
+        return known
+    better: Direction = "higher" if goal == "maximize" else "lower"
+    return Metric(name, name, "", better, "speed", absolute=True)
+
+
 TIMING_GATES = frozenset({"repeats_enough", "alone", "alone_before", "client_fast_enough"})
 """Benchmark gates that speak of the clock alone: counted bytes stand when one of them is closed."""
 

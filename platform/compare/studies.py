@@ -12,7 +12,7 @@ from kvlab.db.rows import JobRow
 from kvlab.db.states import JobState
 from kvlab.platform.compare.differences import change
 from kvlab.platform.compare.labels import arm_name
-from kvlab.platform.compare.metrics import METRICS
+from kvlab.platform.compare.metrics import metric_of
 from kvlab.platform.compare.model import Number
 from kvlab.platform.compare.samples import Sample
 from kvlab.platform.compare.statistics import summarise
@@ -210,7 +210,7 @@ def _trial(raw: Mapping[str, Any], seeds: int, baseline: Mapping[str, Number]) -
     numbers = {name: _number(one, seeds) for name, one in (raw.get("measured") or {}).items()}
     if complete:
         numbers = {name: _against(name, one, baseline.get(name)) for name, one in numbers.items()}
-    infinite = [METRICS[n].title for n, one in numbers.items() if not isfinite(one.value or 0.0)]
+    infinite = [metric_of(n).title for n, one in numbers.items() if not isfinite(one.value or 0.0)]
     message = (raw.get("message") or "").strip().split("\n")[0] or None
     if raw["state"] == "failed" and message is None:
         message = f"its {infinite[0]} is no finite number" if infinite else "no reason is known"
@@ -245,7 +245,7 @@ def _against(metric: str, number: Number, baseline: Number | None) -> Number:
         return number
     if not isfinite(baseline.value or 0.0):
         return number
-    return replace(number, change=change(METRICS[metric], _samples(number), _samples(baseline)))
+    return replace(number, change=change(metric_of(metric), _samples(number), _samples(baseline)))
 
 
 def _samples(number: Number) -> dict[str, Sample]:

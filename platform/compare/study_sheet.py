@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvlab.platform.compare.formats import change_text, interval_text, value_text
-from kvlab.platform.compare.metrics import METRICS
+from kvlab.platform.compare.metrics import metric_of
 from kvlab.platform.compare.model import Comparison, Number
 from kvlab.platform.compare.sheets import Cell, Heading, Line, Sheet
 from kvlab.platform.compare.studies import COMPLETE, Study, Trial
@@ -74,7 +74,7 @@ def _range(dimension: Mapping[str, Any]) -> str:
 
 
 def _metric_heading(study: Study, name: str) -> Heading:
-    metric = METRICS[name]
+    metric = metric_of(name, study.objectives.get(name))
     arrow = "↓" if metric.better == "lower" else "↑"
     return Heading(f"{metric.title} {arrow}", "" if name in study.objectives else "constraint")
 
@@ -111,7 +111,7 @@ def _name(study: Study, trial: Trial) -> Cell:
 def _number(name: str, number: Number | None, against: str | None) -> Cell:
     if number is None or number.value is None:
         return NONE
-    metric = METRICS[name]
+    metric = metric_of(name)
     text = value_text(metric, number.value)
     hint = [f"seed {seed}: {value_text(metric, value)}" for seed, value in number.seeds.items()]
     if number.void:
@@ -137,11 +137,11 @@ def _caption(study: Study) -> str:
         parts = ["one seed; below a number the 95 % interval of its repeats, if there are any"]
     if study.baseline:
         parts.append(f"× is the ratio to {study.against} with its 95 % interval")
-        if any(METRICS[name].absolute for name in study.metrics):
+        if any(metric_of(name).absolute for name in study.metrics):
             parts.append("+ and \N{MINUS SIGN} are differences (of shares: in points)")
     if study.best is not None:
         parts.append("◆ the best")
     elif study.front:
-        names = ", ".join(METRICS[name].title for name in study.objectives)
+        names = ", ".join(metric_of(name).title for name in study.objectives)
         parts.append(f"◆ on the front of {names}")
     return "; ".join(parts)

@@ -8,7 +8,7 @@ from typing import Any
 
 from kvlab.platform.compare.formats import interval_text, span_text, value_text
 from kvlab.platform.compare.labels import listed, plain
-from kvlab.platform.compare.metrics import METRICS
+from kvlab.platform.compare.metrics import metric_of
 from kvlab.platform.compare.studies import COMPLETE, Study, Trial
 from kvlab.platform.search.importance import LEAST_TRIALS
 from kvlab.platform.search.rows import Direction
@@ -39,7 +39,7 @@ def title(study: Study) -> str:
     count = len(study.run)
     asked = f" of {study.asked}" if count != study.asked else ""
     states = ", ".join(f"{n} {state}" for state, n in study.states.items()) or "none begun"
-    wanted = listed([f"{GOALS[goal]} {METRICS[n].title}" for n, goal in study.objectives.items()])
+    wanted = listed([f"{GOALS[goal]} {metric_of(n).title}" for n, goal in study.objectives.items()])
     limits = f"; {listed(study.constraints)}" if study.constraints else ""
     return f"{study.id}: {study.sampler}, {count}{asked} trials ({states}); {wanted}{limits}"
 
@@ -80,11 +80,11 @@ def _sentence(study: Study) -> str:
     limits = f" that meet {listed(study.constraints)}" if study.constraints else ""
     able = f"{trials_text(len(study.feasible))}{limits}"
     if study.best is None:
-        names = listed([METRICS[name].title for name in study.objectives])
+        names = listed([metric_of(name).title for name in study.objectives])
         verb = "is" if len(study.front) == 1 else "are"
         return f"{study.id}: of {able}, {len(study.front)} {verb} on the front of {names}."
     trial, (name, *_) = study.trial(study.best), study.objectives
-    metric, number = METRICS[name], trial.numbers[name]
+    metric, number = metric_of(name), trial.numbers[name]
     text = value_text(metric, trial.value(name))
     said = f"void: {number.void}" if number.void else interval_text(metric, number)
     which = "lowest" if study.objectives[name] == "minimize" else "highest"
@@ -103,16 +103,16 @@ def _winner(study: Study) -> list[str]:
     if void := trial.numbers[objective].void:
         found.append(f"Trial {trial.number}, the best, is void ({void}): compared with nothing.")
     changes = [
-        f"{METRICS[name].title} {span_text(METRICS[name], change)}"
+        f"{metric_of(name).title} {span_text(metric_of(name), change)}"
         + (", not distinguished" if change.verdict == "not distinguished" else "")
         for name in study.metrics
         if (change := trial.numbers[name].change) is not None
     ]
     if changes:
         found.append(f"Trial {trial.number} against {study.against}: {'; '.join(changes)}.")
-    if len(study.feasible) > 1 and not METRICS[objective].exact:
+    if len(study.feasible) > 1 and not metric_of(objective).exact:
         found.append(
-            f"Trial {trial.number} was chosen by its own {METRICS[objective].title} out of "
+            f"Trial {trial.number} was chosen by its own {metric_of(objective).title} out of "
             f"{len(study.feasible)}: measured again, expect it to be worse."
         )
     return found
@@ -123,7 +123,7 @@ def _importances(study: Study) -> list[str]:
         return [f"Importance of parameters: not known below {LEAST_TRIALS} complete trials."]
     names = short_names(study.space)
     return [
-        f"Importance for {METRICS[objective].title}: "
+        f"Importance for {metric_of(objective).title}: "
         + (", ".join(f"{names[path]} {share:.2f}" for path, share in shares.items()) or "none")
         + "."
         for objective, shares in study.importances.items()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kvlab import KvlabError
@@ -87,6 +88,11 @@ class Studies:
                 if event.kind == TRIAL and event.job_id is not None:
                     past = self._past.setdefault(event.job_id, {})
                     past[str(event.data["number"])] = event.data
+        for job, past in self._past.items():
+            if jobs[job].state is JobState.FAILED:  # its trials have another chance
+                for number, data in past.items():
+                    if data["state"] == "failed":
+                        past[number] = {**data, "state": "running"}
 
     def of_trials(self) -> set[int]:
         """The jobs that belong to a trial."""
@@ -112,7 +118,13 @@ class Studies:
         """Begin what can begin, and take every study a step on."""
         for job in self._schedule.inline():
             if job not in self._fetching:
-                self._begin(job, now)
+                attempt = self._schedule.started(job, now)
+                self._ledger.row(partial(Batch.start, job_id=job, worker=WORKER), job, "start")
+                self._jobs.note(job, attempt, JobState.RUNNING, started_at=now, ended_at=None)
+                try:
+                    self._begin(job, attempt, now)
+                except KvlabError as error:
+                    self._end(job, attempt, Cause.USER_ERROR, now, str(error))
         for active in list(self._active.values()):
             if active.adding:
                 continue
@@ -128,8 +140,9 @@ class Studies:
             False where the winner's jobs have to join this workflow first; then it is reused.
         """
         row = self._jobs[job]
-        if not any(DEFERRED in other.spec for other in self._jobs.rows.values()):
-            return True
+        waiting = any(DEFERRED in other.spec for other in self._jobs.rows.values())
+        if not waiting or found.result["best"] is None:
+            return not waiting  # without a winner the study itself says what lacks
         trials = self._trials(row)
         model, values = winner(found.result, row.spec["arms"][0], trials)
         if model.name in self._jobs:
@@ -168,12 +181,10 @@ class Studies:
         """How each study stands. Any thread."""
         return tuple(active.study.view() for active in list(self._active.values()))
 
-    def _begin(self, job: int, now: float) -> None:
+    def _begin(self, job: int, attempt: int, now: float) -> None:
         from kvlab.platform.search.study import Study
 
-        attempt, row = self._schedule.started(job, now), self._jobs[job]
-        self._ledger.row(lambda batch: batch.start(job, WORKER), job, "start")
-        self._jobs.note(job, attempt, JobState.RUNNING, started_at=now, ended_at=None)
+        row = self._jobs[job]
         past = self._past.setdefault(job, {})
         study = Study(row.spec, self._trials(row), past)
         active = self._active[job] = Active(row, attempt, study)

@@ -7,12 +7,14 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from kvlab import KvlabError
 from kvlab.db.batches import Batch
 from kvlab.db.rows import JobRow
 from kvlab.platform.controller.jobs import Jobs
 from kvlab.platform.controller.ledger import Ledger
 from kvlab.platform.graph import Resources
 from kvlab.platform.jobs.kind import Parent
+from kvlab.platform.search.outcome import limit_text
 from kvlab.platform.spec.deferred import DEFERRED, settled
 
 if TYPE_CHECKING:
@@ -39,8 +41,11 @@ def pass_on(
     """
     resolved: list[int] = []
     waiting = [row for row in jobs.rows.values() if DEFERRED in row.spec]
-    if not waiting or result["best"] is None:
+    if not waiting:
         return resolved
+    if result["best"] is None:
+        limits = ", ".join(limit_text(limit) for limit in search.spec["constraints"])
+        raise KvlabError(f"no trial meets {limits}: there is no winner to go on from")
     models = {arm["seed"]: winner(result, arm, trials)[0] for arm in search.spec["arms"]}
     values = winner(result, search.spec["arms"][0], trials)[1]
     found = trials.methods(values)

@@ -61,6 +61,8 @@ def parse_one(written: Any) -> Reference:
 
 def _named(name: str, where: dict[str, Any]) -> Reference:
     job = name.removesuffix(BEST)
+    if job != name and where:
+        raise wrong("a search has a winner for each seed, which joins by itself: leave where out")
     return Reference(job, where, best=job != name)
 
 

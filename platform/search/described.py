@@ -10,10 +10,15 @@ from typing import Any
 from kvlab import KvlabError
 from kvlab.methods.axis import Value
 from kvlab.methods.registry import REGISTRY
+from kvlab.platform.compare.samples import READERS
+from kvlab.platform.jobs import KINDS
 from kvlab.platform.jobs.field import suggest
 from kvlab.platform.search.ranges import declared, parse, searchable
 from kvlab.platform.search.space import Dimension, Space
 from kvlab.platform.search.values import METHODS, method_names, named, of_field, values_of
+
+COMPARABLE = ("apply", "dtype")
+"""Fields of a job that measures which may differ between trials."""
 
 
 def dimensions(trial: Mapping[str, Any], written: Any) -> list[Dimension]:
@@ -35,8 +40,7 @@ def dimensions(trial: Mapping[str, Any], written: Any) -> list[Dimension]:
     for path, given in sorted(written.items(), key=lambda one: not of_field(str(one[0]), trial)):
         head, _, param = str(path).partition(".")
         if of_field(path, trial):
-            if not param and head not in METHODS:
-                raise KvlabError(f"{path}: must name a field of {head}, such as {head}.seed")
+            _check_field(path, trial)
             found.append(parse(path, given))
             continue
         if not values_of(head):
@@ -87,6 +91,24 @@ def _conditioned(
     return dimension
 
 
+def _check_field(path: str, trial: Mapping[str, Any]) -> None:
+    """Refuse a field that no job of the trial has, or that decides what is measured."""
+    head, _, field = path.partition(".")
+    if head in METHODS and not field:
+        if not any(head in KINDS[kind].settings.model_fields for kind in trial):
+            raise KvlabError(f"{path}: no job of the trial has that field")
+        return
+    columns = KINDS[head].settings.model_fields
+    known = [column.alias or name for name, column in columns.items()]
+    if field.partition(".")[0] not in known:
+        raise KvlabError(f"{path}: {head} has no such field: {suggest(field, known)}")
+    if head in READERS and field.partition(".")[0] not in COMPARABLE:
+        raise KvlabError(
+            f"{path}: decides what is measured: trials could not be compared (only "
+            f"{', '.join(COMPARABLE)} can vary there)"
+        )
+
+
 def _parameters(name: str) -> list[str]:
     value = REGISTRY.find(name)
     assert isinstance(value, Value)
@@ -117,7 +139,7 @@ def corners(space: Space) -> Iterator[dict[str, Any]]:
     first = {one.path: one.choices[0] if one.choices else one.low for one in space.dimensions}
     yield space.admit(first)
     for dimension in space.dimensions:
-        for value in dimension.choices[1:] or (dimension.high,):
+        for value in dimension.choices[1:] if dimension.choices else (dimension.high,):
             chosen = {**first, dimension.path: value}
             if dimension.when is not None:
                 path, indices = dimension.when

@@ -58,6 +58,8 @@ class Study:
         self.watch = None
         if spec["pruner"] != "none":
             self.watch = Watch(spec["pruner"], spec["objectives"])
+        self._warned = False
+        self._led: tuple[int, list[Row]] | None = None
         self._base: Mapping[str, Measured] | None = None if self.trials.has_baseline else {}
         base = self._told.pop(BASELINE, None)
         self._base_begun = base is not None
@@ -77,9 +79,8 @@ class Study:
             self._broker.restore(
                 [Row(**{c: data[c] for c in columns}) for data in self._told.values()]
             )
-        else:
-            for point in spec["start"]:
-                self._broker.enqueue(point)
+        for point in spec["start"]:  # those that were tried already are left out
+            self._broker.enqueue(point)
         self._broker.start()
 
     def next(self, running: set[str]) -> Try | None:
@@ -164,9 +165,13 @@ class Study:
 
     def hopeless(self) -> str | None:
         """Say that no trial meets the constraints, once enough of them were tried."""
-        complete = sum(data["state"] == "complete" for data in self._told.values())
-        if complete != HOPELESS or not self._limits or self._broker.front():
+        complete = sum(
+            data["state"] == "complete" and data["source"] != "repeat"
+            for data in self._told.values()
+        )
+        if self._warned or complete < HOPELESS or not self._limits or self._leading():
             return None
+        self._warned = True
         return f"none of {HOPELESS} trials meets {', '.join(self._limits)}"
 
     def result(self) -> dict[str, Any]:
@@ -205,15 +210,25 @@ class Study:
     def view(self) -> StudyView:
         """How it stands, for a person."""
         rows = self._broker.rows()
-        several = len(self.spec["objectives"]) > 1
-        best = None if several else self._broker.best()
-        leading = self._broker.front() if several else [best] if best is not None else []
         return StudyView(
             self.trials.name,
             Counter(row.state for row in rows if row.source != "repeat"),
             self.spec["trials"],
-            tuple(f"{_words(row.objectives, row.values)} (trial {row.number})" for row in leading),
+            tuple(
+                f"{_words(row.objectives, row.values)} (trial {row.number})"
+                for row in self._leading()
+            ),
         )
+
+    def _leading(self) -> list[Row]:
+        """The best so far, or the front; worked out once for each trial that ends."""
+        ended = sum(data["state"] != "running" for data in list(self._told.values()))
+        if self._led is None or self._led[0] != ended:
+            several = len(self.spec["objectives"]) > 1
+            best = None if several else self._broker.best()
+            front = self._broker.front() if several else [best] if best is not None else []
+            self._led = ended, front
+        return self._led[1]
 
     def close(self) -> None:
         self._broker.close()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
 
 from kvlab import KvlabError
-from kvlab.platform.graph import Cell
+from kvlab.platform.graph import Cell, Resources
 from kvlab.platform.jobs import IMPLICIT, KINDS
 from kvlab.platform.jobs.kind import Parent, Surroundings
 from kvlab.platform.jobs.model import model_key
@@ -49,6 +50,18 @@ class Trials:
         # Models such as trials are about, all over the space: they are scored on common text.
         self._models: tuple[Parent, ...] = ()
         self._models = tuple(self._met())
+
+    def code(self) -> tuple[list[str], list[str]]:
+        """The sources and the libraries that decide what trials find, all over the space."""
+        sources: set[str] = set()
+        libraries: set[str] = set()
+        for values in ({}, *corners(Space(space_of(self._spec)))):
+            with suppress(KvlabError):
+                trial = placed(self._spec["trial"], values)
+                for cell in self._made("", trial, self._spec["arms"][:1]):
+                    sources |= set(KINDS[cell.kind].sources(cell.spec))
+                    libraries |= set(KINDS[cell.kind].libraries(cell.spec))
+        return sorted(sources), sorted(libraries)
 
     def problem(self, values: Mapping[str, Any]) -> str | None:
         """Say why there can be no trial of these values; None: there can."""
@@ -171,6 +184,7 @@ class Trials:
     ) -> Cell:
         """Resolve one job of a trial; `made` are those before it, by kind, and takes it."""
         kind, seed = KINDS[name], arm["seed"]
+        resources = self._resources(name)
         try:
             settings = kind.settings.model_validate(raw)
         except ValidationError as error:
@@ -186,7 +200,7 @@ class Trials:
                 role: (parent, *(self._models if KINDS[parent.kind].produces_model else ()))
                 for role, parent in parents.items()
             },
-            kind.resources,
+            resources,
         )
         if checked:
             for path, message in kind.check(settings, around):
@@ -195,7 +209,7 @@ class Trials:
         job = f"{self.name}/{trial}/{name}"
         cell = f"{job}[seed={seed}]"
         made[name] = Parent(cell, name, spec, parents)
-        identity, parts = self._identify(name, spec, parents)
+        identity, parts = self._identify(name, spec, parents, resources)
         if self._identities is not None:
             self._identities[cell] = identity
         return Cell(
@@ -208,8 +222,15 @@ class Trials:
             needs=(),
             identity=identity,
             parts=parts,
-            resources=kind.resources,
+            resources=resources,
         )
+
+    def _resources(self, name: str) -> Resources:
+        """What a job of a trial gets: what the search asks for, as far as its kind can use it."""
+        kind, asked = KINDS[name], dict(self._spec["resources"])
+        if not kind.gang:
+            asked.pop("workers", None)
+        return replace(kind.resources, **{**asked, "exclusive": kind.resources.exclusive})
 
     def _parents(
         self, name: str, raw: Mapping[str, Any], arm: Mapping[str, Any], made: Mapping[str, Parent]
@@ -227,7 +248,11 @@ class Trials:
             yield IMPLICIT, self._outside[IMPLICIT]
 
     def _identify(
-        self, name: str, spec: Mapping[str, Any], parents: Mapping[str, Parent]
+        self,
+        name: str,
+        spec: Mapping[str, Any],
+        parents: Mapping[str, Parent],
+        resources: Resources,
     ) -> tuple[str, dict[str, str]]:
         if self._identities is None:
             return "", {}
@@ -237,7 +262,7 @@ class Trials:
             spec,
             {role: self._identities[parent.name] for role, parent in parents.items()},
             code_digest(kind.sources(spec)),
-            describe(kind.resources, *self._spec["machine"]) if kind.measured else None,
+            describe(resources, *self._spec["machine"]) if kind.measured else None,
             kind.incidental,
             kind.libraries(spec),
         )

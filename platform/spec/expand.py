@@ -77,7 +77,8 @@ class Expansion:
         self.parents: dict[str, Parent] = {}
         self._searches: dict[str, Callable[[], Parent]] = {}
         self._stand_ins: dict[str, Parent] = {}
-        self._deferred: set[str] = set()
+        self._deferred: dict[str, set[str]] = {}
+        """Cells that wait for searches' winners -> those searches."""
         self._variants: dict[str, list[Variant]] = {}
         self._points: dict[str, list[Point]] = {}
         self._numbers: dict[str, int] = {}
@@ -294,9 +295,13 @@ class Expansion:
                     self._searches[draft.name] = partial(
                         kind.stand_in, draft.name, draft.spec, parents
                     )
-                if self._waits(draft, siblings):
-                    self._deferred.add(draft.name)
-                    draft.needs = tuple(dict.fromkeys((*draft.needs, *self._stand_ins)))
+                if searches := self._awaited(draft, siblings):
+                    if kind.inline:
+                        raise KvlabError(
+                            "a search cannot build on another's winner: name a model that is there"
+                        )
+                    self._deferred[draft.name] = searches
+                    draft.needs = tuple(dict.fromkeys((*draft.needs, *sorted(searches))))
                     draft.spec[DEFERRED] = deferred(draft.variant.combination.raw, around)
             except KvlabError as error:
                 self.workflow.blame((*job.path, job.kind), str(error))
@@ -312,10 +317,11 @@ class Expansion:
             self._stand_ins[name] = self._searches[name]()
         return self._stand_ins[name]
 
-    def _waits(self, draft: Draft, siblings: Mapping[str, Sequence[Parent]]) -> bool:
-        """Whether what a cell is shows only once a search has found its winner."""
+    def _awaited(self, draft: Draft, siblings: Mapping[str, Sequence[Parent]]) -> set[str]:
+        """The searches whose winners decide what a cell is."""
         above = {*draft.parents.values(), *(one.name for all_ in siblings.values() for one in all_)}
-        return bool(above & (self._stand_ins.keys() | self._deferred))
+        found = above & self._stand_ins.keys()
+        return found.union(*(self._deferred.get(name, ()) for name in above))
 
     def _point(self, draft: Draft) -> int:
         """A number that cells share when they, and all above them, differ in seeds alone."""

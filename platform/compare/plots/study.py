@@ -7,7 +7,7 @@ from math import isfinite
 from typing import Any
 
 from kvlab.platform.compare.formats import interval_text, value_text
-from kvlab.platform.compare.metrics import METRICS
+from kvlab.platform.compare.metrics import metric_of
 from kvlab.platform.compare.model import Comparison
 from kvlab.platform.compare.plots.layout import (
     BASELINE,
@@ -51,7 +51,7 @@ def plot(comparison: Comparison) -> Iterator[Chart]:
 def _front(name: str, study: Study) -> Chart:
     first, second = list(study.objectives)[:2]
     # Quality goes upward, as in every other plot.
-    x, y = (second, first) if METRICS[first].quality else (first, second)
+    x, y = (second, first) if metric_of(first).quality else (first, second)
     data = list(_marks(study, study.run, lambda t: t.value(x), lambda t: t.value(y)))
     if len(study.objectives) == 2:
         members = sorted((study.trial(n) for n in study.front), key=lambda t: t.value(x))
@@ -63,7 +63,7 @@ def _front(name: str, study: Study) -> Chart:
         named = safe(f"{study.against}, baseline")
         data.append({**_scatter([across], [up]), "name": named, "marker": mark})
     more = "" if len(study.objectives) == 2 else " Other objectives are not drawn."
-    title = f"{METRICS[y].title} against {METRICS[x].title}: {study.id}"
+    title = f"{metric_of(y).title} against {metric_of(x).title}: {study.id}"
     return Chart(f"{name}-front", title, FRONT + more, data, layout(_axis(x), _axis(y)))
 
 
@@ -105,7 +105,7 @@ def _importances(name: str, study: Study) -> Chart:
         {
             "type": "bar",
             "orientation": "h",
-            "name": METRICS[objective].title,
+            "name": metric_of(objective).title,
             "y": [safe(names[path]) for path in shares],
             "x": list(shares.values()),
             "marker": {"color": PALETTE[number % len(PALETTE)]},
@@ -183,7 +183,7 @@ def _marks(study: Study, trials: Sequence[Trial], x: Any, y: Any) -> Iterator[Fi
 def _hover(study: Study, trial: Trial) -> str:
     lines = [f"trial {trial.number}", *settings(study, trial)]
     for name in study.metrics:
-        metric, number = METRICS[name], trial.numbers[name]
+        metric, number = metric_of(name), trial.numbers[name]
         beside = f"void: {number.void}" if number.void else interval_text(metric, number)
         beside = f" ({beside})" if number.void or not metric.exact else ""
         lines.append(f"{metric.title} {value_text(metric, trial.value(name))}{beside}")
@@ -215,7 +215,7 @@ def _dimension(study: Study, path: str, name: str) -> Figure:
 
 
 def _axis(name: str) -> Figure:
-    metric = METRICS[name]
+    metric = metric_of(name)
     unit = f", {metric.unit}" if metric.unit and metric.unit != "tok/s" else ""
     percent = {"tickformat": ".0%"} if metric.unit == "%" else {}
     return titled(f"{metric.title}{'' if percent else unit} ({metric.better} is better)", **percent)

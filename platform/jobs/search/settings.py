@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
+from math import isfinite
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -13,6 +14,7 @@ from pydantic.json_schema import WithJsonSchema
 
 from kvlab import KvlabError
 from kvlab.platform.compare.metrics import METRICS
+from kvlab.platform.graph import Resources
 from kvlab.platform.jobs import IMPLICIT, KINDS
 from kvlab.platform.jobs.field import Path, nested, suggest, wrong
 from kvlab.platform.jobs.kind import Kind, Parent, Prediction, Settings, Surroundings
@@ -203,6 +205,8 @@ class SearchSettings(Settings):
                 )
             elif bound.group(3) and (self.baseline is None or bound.group(3) != self.baseline.job):
                 yield ("constraints", name), "names another job than the others: one baseline"
+            elif bound.group(3) and name in METRICS and METRICS[name].place == "training":
+                yield ("constraints", name), "what training takes is set against a number alone"
 
 
 class Search(Kind):
@@ -235,7 +239,7 @@ class Search(Kind):
 
     def resolve(self, settings: Settings, around: Surroundings) -> dict[str, Any]:
         assert isinstance(settings, SearchSettings)
-        return {
+        found: dict[str, Any] = {
             "trial": settings.trial.raw,
             "space": [written_of(one) for one in dimensions(settings.trial.raw, settings.space)],
             "objectives": dict(settings.objectives),
@@ -250,7 +254,14 @@ class Search(Kind):
             "data": {k: v for k, v in around.data.items() if k not in ("contents", "folder")},
             "folder": around.data["folder"],
             "arms": [{"seed": around.seed, "parents": _names(around)}],
+            "resources": {
+                name: value
+                for name in Resources.__slots__
+                if (value := getattr(around.resources, name)) != getattr(Resources(), name)
+            },
         }
+        sources, libraries = Trials("", found, _outside(around)).code()
+        return {**found, "sources": sources, "libraries": libraries}
 
     def check(self, settings: Settings, around: Surroundings) -> Iterable[tuple[str, str]]:
         assert isinstance(settings, SearchSettings)
@@ -261,9 +272,16 @@ class Search(Kind):
             yield "sampler", str(error).removeprefix("sampler: ")
             return
         trials = Trials("", self.resolve(settings, around), _outside(around))
-        problem = trials.problem({})
-        if problem is not None and all(trials.problem(one) for one in samples(space)):
-            yield "trial", problem
+        problem = None
+        for point in samples(space):
+            problem = trials.problem(point)
+            if problem is None:
+                break
+        else:
+            yield "trial", str(problem)
+        for number, point in enumerate(settings.start):
+            if problem := trials.problem(point):
+                yield f"start.{number}", problem
 
     def stand_in(self, name: str, spec: Mapping[str, Any], parents: Mapping[str, Parent]) -> Parent:
         trials = Trials("", spec, {parent.name: parent for parent in parents.values()})
@@ -274,10 +292,11 @@ class Search(Kind):
         return Parent(name, model.kind, model.spec, model.parents)
 
     def sources(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
-        return ("kvlab.platform.search", "kvlab.platform.jobs.search")
+        own = ("kvlab.platform.search", "kvlab.platform.jobs.search")
+        return (*own, *spec["sources"])
 
     def libraries(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
-        return ("optuna",)
+        return ("optuna", *spec["libraries"])
 
     def predict(self, spec: Mapping[str, Any], parents: Mapping[str, Parent]) -> Prediction:
         return Prediction()
@@ -329,7 +348,11 @@ def _direction(name: str) -> Direction:
 
 
 def _bound(text: Any) -> re.Match[str] | None:
-    return BOUND.fullmatch(text) if isinstance(text, str) else None
+    found = BOUND.fullmatch(text) if isinstance(text, str) else None
+    try:
+        return found if found is not None and isfinite(float(found.group(2))) else None
+    except ValueError:
+        return None
 
 
 def _limit(name: str, text: str) -> dict[str, Any]:
