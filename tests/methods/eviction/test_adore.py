@@ -247,7 +247,7 @@ def test_between_refreshes_only_what_is_held_is_scored(model: TokenModel, folder
         (before,) = at(session)
         text += turn[0].tolist()
         session.extend(turn) if rows > 1 else session.step(turn[0])
-        known = session._cache._known[0, 0]
+        known = session._cache.log.known[0, 0]
         (now,) = scores_of(model, folder / "model", text)
         right = {p for p in range(len(text)) if abs(float(known[p]) - now[p]) < 1e-5}
         # The first step is a refresh of itself.
