@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from kvlab import KvlabError
+from kvlab.db.states import Cause
 from kvlab.platform.graph import Cell, Resources
 from kvlab.platform.jobs import IMPLICIT, KINDS
 from kvlab.platform.jobs.kind import Parent, Surroundings
@@ -223,6 +224,8 @@ class Trials:
             identity=identity,
             parts=parts,
             resources=resources,
+            retries={Cause(cause): n for cause, n in self._spec.get("retries", {}).items()},
+            timeout=self._spec.get("timeout"),
         )
 
     def _resources(self, name: str) -> Resources:

@@ -113,6 +113,9 @@ def _cells(
         identities[draft.name] = identity
         if KINDS[draft.job.kind].inline:  # what it starts may be measured
             draft.spec["machine"] = list(machine)
+            retries = retries_of(draft.job.common.retries)
+            draft.spec["retries"] = {cause.value: count for cause, count in retries.items()}
+            draft.spec["timeout"] = draft.job.common.timeout
         cells.append(
             Cell(
                 name=draft.name,

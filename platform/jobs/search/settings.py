@@ -217,7 +217,7 @@ class Search(Kind):
     inline = True
     measured = True
     spans_seeds = True
-    incidental = frozenset({"folder", "machine", "parallel"})
+    incidental = frozenset({"folder", "machine", "parallel", "retries", "timeout"})
 
     @cached_property
     def references(self) -> References:  # type: ignore[override]

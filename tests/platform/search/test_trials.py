@@ -89,15 +89,20 @@ jobs:
 """
 
 
-@pytest.fixture(scope="module")
-def trials() -> Trials:
-    cells = {cell.name: cell for cell in load_graph(YAML).cells}
+def trials_of(text: str) -> Trials:
+    """What makes the trials of the search `best` of a workflow."""
+    cells = {cell.name: cell for cell in load_graph(text).cells}
     parents: dict[str, Parent] = {}
     for cell in cells.values():
         above = {role: parents[name] for role, name in cell.parents.items()}
         parents[cell.name] = Parent(cell.name, cell.kind, cell.spec, above)
     identities = {name: cell.identity for name, cell in cells.items()}
     return Trials("best", cells["best"].spec, parents, identities)
+
+
+@pytest.fixture(scope="module")
+def trials() -> Trials:
+    return trials_of(YAML)
 
 
 def test_a_trial_has_its_jobs_for_every_seed_and_builds_on_its_own(trials: Trials) -> None:
@@ -115,6 +120,19 @@ def test_a_trial_has_its_jobs_for_every_seed_and_builds_on_its_own(trials: Trial
     assert [cell.identity for cell in again] == [cell.identity for cell in cells.values()]
     other = trials.cells(7, {"block_transformer.block_length": 2})
     assert not {cell.identity for cell in other} & {cell.identity for cell in cells.values()}
+
+
+def test_what_stands_beside_the_search_counts_for_its_trials() -> None:
+    text = YAML.replace(
+        "  best:\n", "  best:\n    resources: {cpus: 2}\n    retries: 4\n    timeout: 60\n"
+    )
+    trials = trials_of(text)
+    found = trials.cells(0, {"block_transformer.block_length": 4})
+    assert {(cell.resources.cpus, cell.timeout) for cell in found} == {(2, 60.0)}
+    assert {count for cell in found for count in cell.retries.values()} == {4}
+    assert [cell.resources.exclusive for cell in found] == [False, False, True] * 2
+    plain = next(cell for cell in load_graph(YAML).cells if cell.name == "best")
+    assert not {"retries", "timeout", "machine", "folder"} & plain.parts.keys()
 
 
 def test_all_trials_and_the_baseline_are_scored_from_the_same_token(trials: Trials) -> None:
