@@ -60,14 +60,10 @@ class Jobs:
         )
 
     def add(self, rows: Iterable[JobRow]) -> None:
-        """Take in jobs that came later."""
+        """Take in jobs that came later, or what a job is now that it is known."""
         for row in rows:
             self.rows[row.id] = row
             self._ids[row.name] = row.id
-
-    def resolved(self, row: JobRow) -> None:
-        """Take over what a job is, now that it is known."""
-        self.rows[row.id] = row
 
     def __contains__(self, name: str) -> bool:
         return name in self._ids

@@ -191,25 +191,16 @@ class Schedule:
     def reuse(self, job: int) -> list[Move]:
         """The job, not begun yet, is done with a result from elsewhere."""
         one = self._jobs[job]
-        if one.state is JobState.QUEUED and one.task.inline:
-            self._inline = [other for other in self._inline if other != job]
-        elif one.state is JobState.QUEUED:
-            queue = self._ready[one.task.resources]
-            queue.remove(one.order)
-            heapq.heapify(queue)
+        self._unqueue(one)
         self._set(one, JobState.DONE)
         return self._release(one)
 
     def withdraw(self, job: int) -> list[Move]:
         """A job that has not begun never will."""
         one = self._jobs[job]
-        if one.state is JobState.QUEUED:
-            queue = self._ready[one.task.resources]
-            if one.order in queue:  # it may wait for its back-off instead
-                queue.remove(one.order)
-                heapq.heapify(queue)
-        elif one.state is not JobState.WAITING:
+        if one.state not in (JobState.WAITING, JobState.QUEUED):
             return []
+        self._unqueue(one)
         self._set(one, JobState.CANCELLED)
         return [Move(job, JobState.CANCELLED), *self._skip(one)]
 
@@ -281,6 +272,17 @@ class Schedule:
             self._inline.append(job.task.id)
             return
         heapq.heappush(self._ready[job.task.resources], job.order)
+
+    def _unqueue(self, job: _Job) -> None:
+        """Take a job out of those that are ready, if it is one."""
+        if job.state is not JobState.QUEUED:
+            return
+        if job.task.id in self._inline:
+            self._inline.remove(job.task.id)
+        queue = self._ready[job.task.resources]
+        if job.order in queue:
+            queue.remove(job.order)
+            heapq.heapify(queue)
 
     def _head(self, shape: Resources) -> int:
         return self._ready[shape][0]

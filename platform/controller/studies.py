@@ -24,6 +24,7 @@ from kvlab.platform.controller.schedule import Schedule
 from kvlab.platform.controller.winners import pass_on, winner
 from kvlab.platform.graph import Cell
 from kvlab.platform.jobs import KINDS
+from kvlab.platform.search.rows import TRIAL
 from kvlab.platform.search.watch import POINT
 from kvlab.platform.spec.deferred import DEFERRED
 
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     from kvlab.platform.search.study import Data, Study, StudyView
     from kvlab.platform.search.trials import Trials
 
-TRIAL, KIND = "trial", "search"
-"""The kind of a trial's events, and of the job that they belong to."""
+KIND = "search"
+"""The kind of job that is a study."""
 WORKER = "controller"
 LOOK_SECONDS = 0.05
 """How often a study is looked at that waits for its sampler."""

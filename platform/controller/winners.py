@@ -78,7 +78,7 @@ def pass_on(
             found if direct else {},
         )
         resolved.append(row.id)
-        jobs.resolved(replace(row, spec=spec, parents=names, identity=identity, parts=parts))
+        jobs.add([replace(row, spec=spec, parents=names, identity=identity, parts=parts)])
         ledger.row(
             partial(
                 Batch.resolve,

@@ -18,8 +18,6 @@ from kvlab.platform.search.samplers import check
 from kvlab.platform.search.space import Space, Values
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from optuna import Study
 
 MOST_INFEASIBLE = 100
@@ -234,6 +232,11 @@ class Broker:
         with self._changed:
             return [self._rows[number] for number in sorted(self._rows)]
 
+    def row(self, number: int) -> Row:
+        """Return a trial as it stands."""
+        with self._changed:
+            return self._rows[number]
+
     @property
     def ended(self) -> str:
         """Why the study ends before all its trials were handed out; empty: it does not."""
@@ -260,12 +263,7 @@ class Broker:
     def __enter__(self) -> Broker:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     # What was found.

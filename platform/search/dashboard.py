@@ -11,15 +11,15 @@ from kvlab import KvlabError
 from kvlab.db.rows import JobRow
 from kvlab.db.store import Store
 from kvlab.platform.search.described import space_of
+from kvlab.platform.search.rows import TRIAL
 from kvlab.platform.search.space import Space
+from kvlab.platform.tracking.ui import HOST
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.storages import BaseStorage
 
-HOST = "127.0.0.1"
 EVERY_SECONDS = 5.0
-KIND = "search"
 
 
 class Mirror:
@@ -38,7 +38,7 @@ class Mirror:
         for row in self._store.workflows():
             for event in self._store.events(row.id, self._seen.get(row.id, 0)):
                 self._seen[row.id] = event.id
-                if event.kind == "trial" and event.job_id is not None:
+                if event.kind == TRIAL and event.job_id is not None:
                     self._take(row.id, event.job_id, event.data)
         return len(self._studies)
 

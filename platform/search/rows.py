@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from kvlab import KvlabError
 
+TRIAL = "trial"
+"""The kind of the events that say how a trial stands."""
 Direction = Literal["minimize", "maximize"]
 State = Literal["running", "complete", "failed", "pruned"]
 Source = Literal["sampler", "enqueued", "repeat"]

@@ -106,7 +106,7 @@ class Study:
     def watched(self, number: str) -> None:
         """Follow a trial's learning curve from now on."""
         if self.watch is not None and number != BASELINE:
-            row = next(row for row in self._broker.rows() if row.number == int(number))
+            row = self._broker.row(int(number))
             self.watch.begin(row.number, self.trials.predicted(row.values))
 
     def judge(
@@ -235,8 +235,7 @@ class Study:
 
     def _store(self, number: int, **beside: Any) -> Data:
         """A trial's row and what is known beside it, as they are stored."""
-        row = next(row for row in self._broker.rows() if row.number == number)
-        data = {"measured": {}, "message": None, **asdict(row), **beside}
+        data = {"measured": {}, "message": None, **asdict(self._broker.row(number)), **beside}
         self._told[str(number)] = data
         return data
 

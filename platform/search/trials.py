@@ -21,8 +21,7 @@ from kvlab.platform.search.described import corners, space_of
 from kvlab.platform.search.space import Space
 from kvlab.platform.search.values import METHODS, placed
 from kvlab.platform.spec.contents import Contents
-from kvlab.platform.spec.identity import code_digest, identify
-from kvlab.platform.spec.machine import describe
+from kvlab.platform.spec.identity import identity_of
 from kvlab.platform.spec.problems import from_pydantic
 
 BASELINE = "baseline"
@@ -259,17 +258,8 @@ class Trials:
     ) -> tuple[str, dict[str, str]]:
         if self._identities is None:
             return "", {}
-        kind = KINDS[name]
-        identity, parts = identify(
-            name,
-            spec,
-            {role: self._identities[parent.name] for role, parent in parents.items()},
-            code_digest(kind.sources(spec)),
-            describe(resources, *self._spec["machine"]) if kind.measured else None,
-            kind.incidental,
-            kind.libraries(spec),
-        )
-        return identity, parts
+        above = {role: self._identities[parent.name] for role, parent in parents.items()}
+        return identity_of(name, spec, above, resources, self._spec["machine"])
 
 
 def ordered(trial: Mapping[str, Any]) -> list[str]:

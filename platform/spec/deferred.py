@@ -15,8 +15,7 @@ from kvlab.platform.jobs import IMPLICIT, KINDS
 from kvlab.platform.jobs.kind import Parent, Surroundings
 from kvlab.platform.jobs.model import model_key
 from kvlab.platform.spec.contents import Contents
-from kvlab.platform.spec.identity import code_digest, identify
-from kvlab.platform.spec.machine import describe
+from kvlab.platform.spec.identity import Machine, identity_of
 
 DEFERRED = "deferred"
 """The key of such a job's spec that holds all that resolving it again takes."""
@@ -40,7 +39,7 @@ def settled(
     siblings: Mapping[str, tuple[Parent, ...]],
     identities: Mapping[str, str],
     resources: Resources,
-    machine: tuple[str | None, int | None],
+    machine: Machine,
     found: Mapping[str, Any],
 ) -> tuple[dict[str, Any], str, dict[str, str]]:
     """Resolve a deferred job for good.
@@ -67,16 +66,8 @@ def settled(
     for path, message in kind.check(settings, around):
         raise KvlabError(f"{kind_name}.{path}: {message}")
     spec = kind.resolve(settings, around)
-    identity, parts = identify(
-        kind_name,
-        spec,
-        {role: identities[parent.name] for role, parent in parents.items()},
-        code_digest(kind.sources(spec)),
-        describe(resources, *machine) if kind.measured else None,
-        kind.incidental,
-        kind.libraries(spec),
-    )
-    return spec, identity, parts
+    above = {role: identities[parent.name] for role, parent in parents.items()}
+    return spec, *identity_of(kind_name, spec, above, resources, machine)
 
 
 def distinct(siblings: Mapping[str, tuple[Parent, ...]]) -> dict[str, tuple[Parent, ...]]:

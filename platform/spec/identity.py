@@ -17,6 +17,12 @@ from typing import Any
 
 import kvlab
 from kvlab import KvlabError
+from kvlab.platform.graph import Resources
+from kvlab.platform.jobs import KINDS
+from kvlab.platform.spec.machine import describe
+
+Machine = tuple[str | None, int | None]
+"""Who measures: the cluster (None: this machine), and how many CPUs jobs may have there."""
 
 SHORT = 48
 """Longest JSON text that a part keeps as it is."""
@@ -58,6 +64,29 @@ def identify(
         parts |= {f"machine {key}": _part(value) for key, value in machine.items()}
     text = _encode([kind, parts])
     return sha256(text.encode()).hexdigest(), parts
+
+
+def identity_of(
+    name: str,
+    spec: Mapping[str, Any],
+    parents: Mapping[str, str],
+    resources: Resources,
+    machine: Machine,
+) -> tuple[str, dict[str, str]]:
+    """Return the identity of a job of a kind, and its parts; see `identify`.
+
+    Args: parents: role -> identity of that parent. machine: who measures.
+    """
+    kind = KINDS[name]
+    return identify(
+        name,
+        spec,
+        parents,
+        code_digest(kind.sources(spec)),
+        describe(resources, *machine) if kind.measured else None,
+        kind.incidental,
+        kind.libraries(spec),
+    )
 
 
 def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -12,16 +12,12 @@ from kvlab.platform.jobs.field import suggest
 from kvlab.platform.spec.contents import Contents, Unread
 from kvlab.platform.spec.document import parse, read_text
 from kvlab.platform.spec.expand import Draft, Expansion
-from kvlab.platform.spec.identity import code_digest, identify
+from kvlab.platform.spec.identity import Machine, code_digest, identify, identity_of
 from kvlab.platform.spec.join import SEED
-from kvlab.platform.spec.machine import describe
 from kvlab.platform.spec.problems import WorkflowError
 from kvlab.platform.spec.settings import ReportSettings, retries_of
 from kvlab.platform.spec.surroundings import shared_data, shared_model
 from kvlab.platform.spec.workflow import Workflow, read_workflow
-
-Machine = tuple[str | None, int | None]
-"""Who measures: the cluster (None: this machine), and how many CPUs jobs may have there."""
 
 
 def load_graph(
@@ -109,7 +105,12 @@ def _cells(
         identities[IMPLICIT] = cells[0].identity
     short = {**expansion.short, SEED: SEED}
     for draft in drafts:
-        identity, parts = _identity(draft, identities, machine) if identified else ("", {})
+        identity, parts = "", dict[str, str]()
+        if identified:
+            above = {role: identities[name] for role, name in draft.parents.items()}
+            identity, parts = identity_of(
+                draft.job.kind, draft.spec, above, draft.resources, machine
+            )
         identities[draft.name] = identity
         if KINDS[draft.job.kind].inline:  # what it starts may be measured
             draft.spec["machine"] = list(machine)
@@ -154,19 +155,4 @@ def _data_cell(spec: Mapping[str, Any], identified: bool) -> Cell:
         identity=identity,
         parts=parts,
         resources=kind.resources,
-    )
-
-
-def _identity(
-    draft: Draft, identities: Mapping[str, str], machine: Machine
-) -> tuple[str, dict[str, str]]:
-    kind = KINDS[draft.job.kind]
-    return identify(
-        draft.job.kind,
-        draft.spec,
-        {role: identities[name] for role, name in draft.parents.items()},
-        code_digest(kind.sources(draft.spec)),
-        describe(draft.resources, *machine) if kind.measured else None,
-        kind.incidental,
-        kind.libraries(draft.spec),
     )

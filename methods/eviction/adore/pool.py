@@ -7,12 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvlab.kernels.attention import EMPTY
-from kvlab.methods.axis import Method
-from kvlab.methods.cache.arena import Space
 from kvlab.methods.cache.interface import Extra, Step
 from kvlab.methods.cache.pool import PoolCache, Prompt
-from kvlab.methods.cache.ranking import InSlots
-from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.eviction.adore.cache import AdoreCache
 from kvlab.methods.eviction.adore.log import Log, lacking
 from kvlab.methods.eviction.adore.ranking import Adore
@@ -27,22 +23,9 @@ class AdorePool(PoolCache):
 
     _ranking: Adore
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        method: Method,
-        slots: InSlots,
-        pool: Tensor,
-        space: Space,
-        frequencies: Tensor,
-    ) -> None:
-        super().__init__(config, method, slots, pool, space, frequencies)
-        self._params = self._ranking.params
-        self._wanted = slice(0, 1) if self._params.scores == "rule" else None
-        self._extra: Extra | None = None
-
     def plan(self, step: Step) -> Extra | None:
-        self._step, self._extra = step, None
+        self._step: Step = step
+        self._extra: Extra | None = None
         self._beside: dict[int, tuple[Tensor, Tensor]] = {}
         super().plan(step)
         return self._extra
@@ -58,17 +41,18 @@ class AdorePool(PoolCache):
         if self._decoding:
             log, blocks = self._log, self.batch.blocks
             places = log.now
-            if log.scores.wants_mass or self._params.refresh > 1:  # old tokens' scores too
+            if log.scores.wants_mass or self._ranking.params.refresh > 1:  # old tokens' scores too
                 every = torch.arange(log.scores.rows, device=blocks.device)
                 places = torch.minimum(every, log.now)
             self._store(log, blocks, places)
 
     def _take(self) -> None:
         """Score the tokens of all logs, release one of each layer, and choose what to rebuild."""
-        params, newest, rows = self._params, self._newest.unsqueeze(1), self._aim.rows
+        params, newest, rows = self._ranking.params, self._newest.unsqueeze(1), self._aim.rows
         prompts = self._lengths[self.batch.blocks[:, 0], 1:]
         count = int(newest.max()) + 1 if newest.device.type == "cpu" else self.batch.longest
         self._log = log = self._load(count)
+        self._wanted = slice(0, 1) if log.scores.wants_mass else None
         ids, embedded = self._step.ids, self._step.embedded
         assert ids is not None
         assert embedded is not None

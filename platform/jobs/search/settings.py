@@ -17,7 +17,7 @@ from kvlab.platform.compare.metrics import METRICS
 from kvlab.platform.graph import Resources
 from kvlab.platform.jobs import IMPLICIT, KINDS
 from kvlab.platform.jobs.field import Path, nested, suggest, wrong
-from kvlab.platform.jobs.kind import Kind, Parent, Prediction, Settings, Surroundings
+from kvlab.platform.jobs.kind import Kind, Parent, Settings, Surroundings
 from kvlab.platform.jobs.reference import OWN, One
 from kvlab.platform.search import pruners
 from kvlab.platform.search.described import dimensions, samples, space_of, written_of
@@ -81,13 +81,11 @@ def _with_own(name: str, raw: Any, trial: Mapping[str, Any]) -> Any:
         return raw
     kind, before = KINDS[name], ordered(trial)[: ordered(trial).index(name)]
     found = dict(raw)
+    fields = {column.alias or name for name, column in kind.settings.model_fields.items()}
     for role in kind.references:
         wanted = kind.reference_kinds.get(role)
         makers = [one for one in before if (one == wanted if wanted else KINDS[one].produces_model)]
-        if role not in found and role in kind.settings.model_fields and makers:
-            found[role] = OWN
-        alias = {c.alias: n for n, c in kind.settings.model_fields.items() if c.alias}
-        if role not in found and role in alias and makers:
+        if role not in found and role in fields and makers:
             found[role] = OWN
     return found
 
@@ -239,7 +237,13 @@ class Search(Kind):
 
     def resolve(self, settings: Settings, around: Surroundings) -> dict[str, Any]:
         assert isinstance(settings, SearchSettings)
-        found: dict[str, Any] = {
+        found = self._described(settings, around)
+        sources, libraries = Trials("", found, _outside(around)).code()
+        return {**found, "sources": sources, "libraries": libraries}
+
+    def _described(self, settings: SearchSettings, around: Surroundings) -> dict[str, Any]:
+        """The spec but for the code that its trials run."""
+        return {
             "trial": settings.trial.raw,
             "space": [written_of(one) for one in dimensions(settings.trial.raw, settings.space)],
             "objectives": dict(settings.objectives),
@@ -260,8 +264,6 @@ class Search(Kind):
                 if (value := getattr(around.resources, name)) != getattr(Resources(), name)
             },
         }
-        sources, libraries = Trials("", found, _outside(around)).code()
-        return {**found, "sources": sources, "libraries": libraries}
 
     def check(self, settings: Settings, around: Surroundings) -> Iterable[tuple[str, str]]:
         assert isinstance(settings, SearchSettings)
@@ -271,7 +273,7 @@ class Search(Kind):
         except KvlabError as error:
             yield "sampler", str(error).removeprefix("sampler: ")
             return
-        trials = Trials("", self.resolve(settings, around), _outside(around))
+        trials = Trials("", self._described(settings, around), _outside(around))
         problem = None
         for point in samples(space):
             problem = trials.problem(point)
@@ -297,9 +299,6 @@ class Search(Kind):
 
     def libraries(self, spec: Mapping[str, Any]) -> tuple[str, ...]:
         return ("optuna", *spec["libraries"])
-
-    def predict(self, spec: Mapping[str, Any], parents: Mapping[str, Parent]) -> Prediction:
-        return Prediction()
 
 
 def _start_problems(
