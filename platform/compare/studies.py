@@ -80,6 +80,15 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Confirmed:
+    """The winner measured again, on seeds that the study has not seen. message: why it was not."""
+
+    seeds: tuple[int, ...]
+    numbers: Mapping[str, Number]
+    message: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Study:
     """One search job that is done.
 
@@ -95,6 +104,7 @@ class Study:
         ended: why not all trials were run.
         pruned: training steps that trials did not make as they were stopped, "steps" out of "of";
             None: nothing was to be pruned.
+        confirmed: the best trial again; None: that was not asked for.
     """
 
     id: str
@@ -114,6 +124,7 @@ class Study:
     ended: str | None
     progress: Progress
     pruned: Mapping[str, Any] | None = None
+    confirmed: Confirmed | None = None
 
     @property
     def run(self) -> list[Trial]:
@@ -202,7 +213,16 @@ def _read(row: JobRow, result: Mapping[str, Any], by_name: Mapping[str, JobRow])
         ended=result.get("ended"),
         progress=_progress([t for t in trials if t.same_as is None], objectives),
         pruned=result.get("pruned"),
+        confirmed=_confirmed(result.get("confirmed")),
     )
+
+
+def _confirmed(raw: Mapping[str, Any] | None) -> Confirmed | None:
+    if raw is None or raw["state"] == "running":
+        return None
+    seeds = tuple(raw["seeds"])
+    numbers = {name: _number(one, len(seeds)) for name, one in raw["measured"].items()}
+    return Confirmed(seeds, numbers, raw["message"])
 
 
 def _trial(raw: Mapping[str, Any], seeds: int, baseline: Mapping[str, Number]) -> Trial:

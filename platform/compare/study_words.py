@@ -6,13 +6,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from kvlab.platform.compare.formats import interval_text, span_text, value_text
+from kvlab.platform.compare.formats import interval_text, percent_text, span_text, value_text
 from kvlab.platform.compare.labels import listed, plain
 from kvlab.platform.compare.metrics import metric_of
-from kvlab.platform.compare.studies import COMPLETE, Study, Trial
+from kvlab.platform.compare.studies import COMPLETE, Confirmed, Study, Trial
 from kvlab.platform.search.importance import LEAST_TRIALS
 from kvlab.platform.search.rows import Direction
 
+ALIKE = 0.0005
+"""Relative difference below which two numbers are said to be one."""
 GOALS: dict[Direction, str] = {"minimize": "minimise", "maximize": "maximise"}
 
 
@@ -110,12 +112,34 @@ def _winner(study: Study) -> list[str]:
     ]
     if changes:
         found.append(f"Trial {trial.number} against {study.against}: {'; '.join(changes)}.")
-    if len(study.feasible) > 1 and not metric_of(objective).exact:
+    if study.confirmed is not None:
+        found += _again(study, trial, study.confirmed)
+    elif len(study.feasible) > 1 and not metric_of(objective).exact:
         found.append(
             f"Trial {trial.number} was chosen by its own {metric_of(objective).title} out of "
             f"{len(study.feasible)}: measured again, expect it to be worse."
         )
     return found
+
+
+def _again(study: Study, trial: Trial, again: Confirmed) -> list[str]:
+    """How far the winner falls back to the mean: on fresh seeds nobody chose it."""
+    seeds = f"{len(again.seeds)} fresh {'seed' if len(again.seeds) == 1 else 'seeds'}"
+    if again.message is not None:
+        return [f"Trial {trial.number} could not be measured on {seeds}: {again.message}."]
+    said = []
+    for name, number in again.numbers.items():
+        metric, before = metric_of(name), trial.numbers.get(name)
+        if number.value is None or before is None or before.value is None:
+            continue
+        ratio = number.value / before.value if before.value else 1.0
+        moved = f"{percent_text(ratio)} {'above' if ratio > 1 else 'below'} its trial's"
+        span = "" if metric.exact else f" ({interval_text(metric, number)})"
+        said.append(
+            f"{metric.title} {value_text(metric, number.value)}{span}, "
+            + ("as in its trial" if abs(ratio - 1) < ALIKE else moved)
+        )
+    return [f"Trial {trial.number} again, on {seeds}: {'; '.join(said)}."]
 
 
 def _importances(study: Study) -> list[str]:

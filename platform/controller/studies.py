@@ -21,7 +21,7 @@ from kvlab.platform.controller.attempts import Attempts
 from kvlab.platform.controller.jobs import Jobs, new_job, usable
 from kvlab.platform.controller.ledger import Ledger
 from kvlab.platform.controller.schedule import Schedule
-from kvlab.platform.controller.winners import pass_on, winner
+from kvlab.platform.controller.winners import first_points, pass_on, winner
 from kvlab.platform.graph import Cell
 from kvlab.platform.jobs import KINDS
 from kvlab.platform.search.rows import TRIAL
@@ -187,7 +187,7 @@ class Studies:
 
         row = self._jobs[job]
         past = self._past.setdefault(job, {})
-        study = Study(row.spec, self._trials(row), past)
+        study = Study(row.spec, self._trials(row), past, first_points(row, self._jobs))
         active = self._active[job] = Active(row, attempt, study)
         for number, data in past.items():
             of_it = list(self._of_trial(row.name, number))
@@ -276,8 +276,7 @@ class Studies:
         del active.running[number]
         self._note(active, data)
         name, attempt = active.row.id, active.attempt
-        if number.isdigit():
-            said = f"trial {number}: {active.study.shown(number)}"
+        if said := active.study.shown(number):
             self._jobs.tell(name, attempt, JobState.RUNNING, note=said)
         if warning := active.study.hopeless():
             self._jobs.tell(name, attempt, JobState.RUNNING, note=warning)

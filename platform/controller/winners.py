@@ -14,7 +14,10 @@ from kvlab.platform.controller.jobs import Jobs
 from kvlab.platform.controller.ledger import Ledger
 from kvlab.platform.graph import Resources
 from kvlab.platform.jobs.kind import Parent
+from kvlab.platform.search.described import space_of
 from kvlab.platform.search.outcome import limit_text
+from kvlab.platform.search.space import Space, Values
+from kvlab.platform.search.trials import FROM
 from kvlab.platform.spec.deferred import DEFERRED, settled
 
 if TYPE_CHECKING:
@@ -29,6 +32,18 @@ def winner(
         trial["values"] for trial in result["trials"] if trial["number"] == result["best"]
     )
     return trials.model(str(result["best"]), values, arm), values
+
+
+def first_points(row: JobRow, jobs: Jobs) -> list[Values]:
+    """The best points of the study that this one goes on from, if there is one."""
+    from kvlab.platform.search.promotion import promoted
+
+    if FROM not in row.parents:
+        return []
+    earlier = jobs.named(row.parents[FROM])
+    trials = jobs.done(earlier.id).result["trials"]
+    space = Space(space_of(row.spec))
+    return promoted(trials, earlier.spec["objectives"], space, row.spec["promote"])
 
 
 def pass_on(

@@ -115,18 +115,21 @@ class Broker:
                 if row.source != "repeat":
                     self._keys[self.space.key(row.values)] = row.number
 
-    def enqueue(self, values: Mapping[str, Any]) -> bool:
+    def enqueue(self, values: Mapping[str, Any], *, partial: bool = False) -> bool:
         """Have a point handed out before those of the sampler; False: it is known already.
+
+        Args: partial: the sampler draws what is not given.
 
         Raises:
             KvlabError: it is not in the space, or not feasible.
         """
-        point = self.space.admit(values)
-        if problem := self.space.feasible(point):
+        point = self.space.admit(values, partial=partial)
+        if not partial and (problem := self.space.feasible(point)):
             raise KvlabError(f"{problem}, in the point {point}")
         with self._changed:
-            waiting = {self.space.key(other) for other in self._enqueued}
-            if self.space.key(point) in {*self._keys, *waiting}:
+            known = [*(row.values for row in self._rows.values()), *self._enqueued]
+            known += [proposal.values for proposal, _ in self._ready]
+            if any(point.items() <= other.items() for other in known):
                 return False
             self._enqueued.append(point)
             self._changed.notify_all()
@@ -339,7 +342,11 @@ class Broker:
         with self._changed:
             given = self._enqueued.popleft() if self._enqueued else None
         if given is not None:
-            self._offer(proposals.fixed(given), "enqueued")
+            proposal = proposals.fixed(given)
+            if self.space.feasible(proposal.values) is None:
+                self._offer(proposal, "enqueued")
+            else:
+                proposals.refuse(proposal)
             return
         infeasible = repeats = 0
         problem = ""

@@ -66,10 +66,10 @@ class Proposals:
         return self._proposed(self.study.ask())
 
     def fixed(self, values: Values) -> Proposal:
-        """Return a proposal of this very point."""
+        """Return a proposal of this very point; the sampler draws what it lacks."""
         import optuna
 
-        self.study.enqueue_trial(self.space.encode(values)[0])
+        self.study.enqueue_trial(self.space.encode(values, partial=True)[0])
         trial = self.study.ask()
         if isinstance(self.study.sampler, optuna.samplers.BaseGASampler):
             # Reading them is what counts a trial into its generation; a fixed one never does.

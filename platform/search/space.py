@@ -245,10 +245,12 @@ class Space:
                 values[dimension.path] = dimension.suggest(trial)
         return values
 
-    def admit(self, values: Mapping[str, Any]) -> Values:
+    def admit(self, values: Mapping[str, Any], *, partial: bool = False) -> Values:
         """Return a point as the space writes it: its own dimensions alone, in order.
 
         Values of dimensions that do not exist beside the others are left out.
+
+        Args: partial: values may lack.
 
         Raises:
             KvlabError: a path that the space does not have, a value that is missing or outside.
@@ -259,18 +261,21 @@ class Space:
         point: Values = {}
         for dimension in self.dimensions:
             if self._active(dimension, point):
-                if dimension.path not in values:
+                if dimension.path in values:
+                    point[dimension.path] = dimension.admit(values[dimension.path])
+                elif not partial:
                     raise KvlabError(f"{dimension.path}: has no value in the point {dict(values)}")
-                point[dimension.path] = dimension.admit(values[dimension.path])
         return point
 
     def key(self, values: Mapping[str, Any]) -> str:
         """Return what two descriptions of one point have in common, as JSON; see `admit`."""
         return _text(self.admit(values))
 
-    def encode(self, values: Values) -> tuple[Values, dict[str, BaseDistribution]]:
+    def encode(
+        self, values: Values, *, partial: bool = False
+    ) -> tuple[Values, dict[str, BaseDistribution]]:
         """Return a point as Optuna stores it: values and distributions by Optuna's names."""
-        point = self.admit(values)
+        point = self.admit(values, partial=partial)
         active = [dimension for dimension in self.dimensions if dimension.path in point]
         stored = {dimension.name: dimension.encode(point[dimension.path]) for dimension in active}
         return stored, {dimension.name: dimension.distribution() for dimension in active}

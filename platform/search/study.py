@@ -13,16 +13,16 @@ from kvlab.platform.search.broker import Broker
 from kvlab.platform.search.described import space_of
 from kvlab.platform.search.outcome import Done, Measured, excess, limit_text, measured
 from kvlab.platform.search.rows import Row
-from kvlab.platform.search.space import Space
-from kvlab.platform.search.trials import BASELINE, Trials, text_of
+from kvlab.platform.search.space import Space, Values
+from kvlab.platform.search.trials import BASELINE, CONFIRM, Trials, text_of
 from kvlab.platform.search.watch import Watch, saving
 
 HOPELESS = 10
 """Trials that all miss a constraint before a person is told."""
 
 Data = Mapping[str, Any]
-"""A trial as it is stored: the columns of its `Row`, `measured` and `message`. The baseline has no
-row: its `number` is its name."""
+"""A trial as it is stored: the columns of its `Row`, `measured` and `message`. The baseline and the
+winner's confirmation have no row: their `number` is their name."""
 
 
 class Try(NamedTuple):
@@ -47,9 +47,16 @@ class Study:
     """Args:
     spec: see `Search.resolve`. trials: makes its trials' jobs.
     past: what is stored of its trials, by number.
+    first: points tried first, behind those of the spec; the sampler draws what they lack.
     """
 
-    def __init__(self, spec: Mapping[str, Any], trials: Trials, past: Mapping[str, Data]) -> None:
+    def __init__(
+        self,
+        spec: Mapping[str, Any],
+        trials: Trials,
+        past: Mapping[str, Data],
+        first: Sequence[Values] = (),
+    ) -> None:
         self.spec, self.trials = spec, trials
         self._limits = {limit_text(limit): limit for limit in spec["constraints"]}
         metrics = (*spec["objectives"], *(limit["metric"] for limit in spec["constraints"]))
@@ -61,6 +68,7 @@ class Study:
         self._warned = False
         self._led: tuple[int, list[Row]] | None = None
         self._base: Mapping[str, Measured] | None = None if self.trials.has_baseline else {}
+        self._confirmed = self._told.pop(CONFIRM, None)
         base = self._told.pop(BASELINE, None)
         self._base_begun = base is not None
         if base is not None and base["state"] == "complete":
@@ -81,6 +89,8 @@ class Study:
             )
         for point in spec["start"]:  # those that were tried already are left out
             self._broker.enqueue(point)
+        for point in first:
+            self._broker.enqueue(point, partial=True)
         self._broker.start()
 
     def next(self, running: set[str]) -> Try | None:
@@ -95,17 +105,19 @@ class Study:
         while len(running) < self.spec["parallel"] and self._broker.ready:
             point = self._broker.ask()
             if point is None:
-                return None
+                break
             if str(point.number) in running:  # its jobs go on by themselves
                 continue
             cells = self.trials.cells(point.number, point.values)
             self.watched(str(point.number))
             return Try(str(point.number), cells, self._store(point.number))
+        if self._broker.over and not running and self._to_confirm():
+            return self._again()
         return None
 
     def watched(self, number: str) -> None:
         """Follow a trial's learning curve from now on."""
-        if self.watch is not None and number != BASELINE:
+        if self.watch is not None and number.isdigit():
             row = self._broker.row(int(number))
             self.watch.begin(row.number, self.trials.predicted(row.values))
 
@@ -135,6 +147,12 @@ class Study:
             return {"number": BASELINE, "state": "complete", "measured": shown}
         if self._base is None:
             return None
+        if number == CONFIRM:
+            state = "failed" if failure else "complete"
+            self._confirmed = {
+                **(self._confirmed or {}), "state": state, "measured": shown, "message": failure,
+            }  # fmt: skip
+            return self._confirmed
         if self.watch is not None:
             self.watch.ended(int(number), complete=failure is None)
         if pruned:
@@ -161,7 +179,7 @@ class Study:
     @property
     def over(self) -> bool:
         """Whether there will be no further trial."""
-        return self._broker.over
+        return self._broker.over and not self._to_confirm()
 
     def hopeless(self) -> str | None:
         """Say that no trial meets the constraints, once enough of them were tried."""
@@ -191,21 +209,49 @@ class Study:
             "best": None if best is None else best.number,
             "front": [row.number for row in self._broker.front()],
             "importances": self._broker.importances(),
+            "confirmed": self._confirmed,
             "ended": self._broker.ended or None,
             "pruned": None if self.watch is None else self._saving(),
         }
+
+    def _to_confirm(self) -> bool:
+        """Whether the winner is yet to be measured again."""
+        wanted = self.spec["confirm"] > 0 and self._confirmed is None
+        return wanted and self._broker.best() is not None
+
+    def _again(self) -> Try:
+        best = self._broker.best()
+        assert best is not None
+        cells = self.trials.again(best.values, self.spec["confirm"])
+        self._confirmed = {
+            "number": CONFIRM,
+            "of": best.number,
+            "state": "running",
+            "seeds": list(dict.fromkeys(cell.axes["seed"] for cell in cells)),
+            "measured": {},
+        }
+        return Try(CONFIRM, cells, self._confirmed)
 
     def _saving(self) -> dict[str, Any]:
         assert self.watch is not None
         stopped = [int(n) for n, data in self._told.items() if data["state"] == "pruned"]
         return saving(self.watch.steps, stopped)
 
-    def shown(self, number: str) -> str:
-        """A trial that is over, in words."""
+    def shown(self, number: str) -> str | None:
+        """A trial that is over, in words; None for the baseline."""
+        if number == CONFIRM and self._confirmed is not None:
+            found = self._confirmed["measured"]
+            numbers = ", ".join(f"{name} {one['value']:.4g}" for name, one in found.items())
+            said = self._confirmed["message"] or numbers
+            return f"trial {self._confirmed['of']} on fresh seeds: {said}"
+        if number not in self._told:
+            return None
         data = self._told[number]
         if data["state"] != "complete":
-            return f"{text_of(data['values'])}: {data.get('message') or data['state']}"
-        return _words(data["objectives"], data["values"])
+            said = f"{text_of(data['values'])}: {data.get('message') or data['state']}"
+        else:
+            said = _words(data["objectives"], data["values"])
+        return f"trial {number}: {said}"
 
     def view(self) -> StudyView:
         """How it stands, for a person."""

@@ -28,6 +28,12 @@ BASELINE = "baseline"
 """The trial of the model that constraints are set against, and the role in which it is named."""
 
 
+FROM = "from"
+"""The role in which an earlier study is named."""
+CONFIRM = "confirm"
+"""The trial that measures the winner again, on seeds that the study has not seen."""
+
+
 class Trials:
     """Makes the cells of one study's trials.
 
@@ -80,6 +86,13 @@ class Trials:
             KvlabError: there can be no such trial.
         """
         return self._made(str(number), placed(self._spec["trial"], values), self._spec["arms"])
+
+    def again(self, values: Mapping[str, Any], times: int) -> list[Cell]:
+        """Return the jobs of a trial on so many seeds that the study has not seen."""
+        arms = self._spec["arms"]
+        first = max(arm["seed"] or 0 for arm in arms) + 1
+        fresh = [{**arms[n % len(arms)], "seed": first + n} for n in range(times)]
+        return self._made(CONFIRM, placed(self._spec["trial"], values), fresh)
 
     def model(self, number: str, values: Mapping[str, Any], arm: Mapping[str, Any]) -> Parent:
         """The model that a trial is about: one that it makes, or the one that it names.

@@ -281,7 +281,10 @@ class Expansion:
         for draft in drafts:
             try:
                 siblings = self._siblings(drafts) if siblings is None else siblings
-                parents = {role: self._standing(name) for role, name in draft.parents.items()}
+                parents = {
+                    role: self._standing(job.kind, role, name)
+                    for role, name in draft.parents.items()
+                }
                 around = Surroundings(
                     draft.axes[SEED], self.model, self.data, parents, siblings, draft.resources
                 )
@@ -309,9 +312,9 @@ class Expansion:
             self.parents[draft.name] = Parent(draft.name, job.kind, draft.spec, parents)
         return sound
 
-    def _standing(self, name: str) -> Parent:
+    def _standing(self, kind: str, role: str, name: str) -> Parent:
         """A parent as a child sees it: of a search a model such as it may find."""
-        if name not in self._searches:
+        if name not in self._searches or _as_it_is(kind, role):
             return self.parents[name]
         if name not in self._stand_ins:
             self._stand_ins[name] = self._searches[name]()
@@ -319,7 +322,9 @@ class Expansion:
 
     def _awaited(self, draft: Draft, siblings: Mapping[str, Sequence[Parent]]) -> set[str]:
         """The searches whose winners decide what a cell is."""
-        above = {*draft.parents.values(), *(one.name for all_ in siblings.values() for one in all_)}
+        kind = draft.job.kind
+        above = {name for role, name in draft.parents.items() if not _as_it_is(kind, role)}
+        above |= {one.name for all_ in siblings.values() for one in all_}
         found = above & self._stand_ins.keys()
         return found.union(*(self._deferred.get(name, ()) for name in above))
 
@@ -343,11 +348,17 @@ class Expansion:
         seen: set[tuple[str, str]] = set()
         for draft in drafts:
             for role, name in draft.parents.items():
-                parent = self._standing(name)
+                parent = self._standing(draft.job.kind, role, name)
                 if KINDS[parent.kind].produces_model and (role, name) not in seen:
                     seen.add((role, name))
                     distinct.setdefault(role, {}).setdefault(model_key(parent), parent)
         return {role: tuple(parents.values()) for role, parents in distinct.items()}
+
+
+def _as_it_is(kind: str, role: str) -> bool:
+    """Whether a search in this role is meant itself, not its winner."""
+    wanted = KINDS[kind].reference_kinds.get(role)
+    return wanted is not None and KINDS[wanted].inline
 
 
 def _alternating(drafts: Sequence[Draft]) -> list[Draft]:

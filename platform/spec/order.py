@@ -81,6 +81,8 @@ def _misnamed(
     searches = KINDS[target.kind].inline
     if best and not searches:
         return f"'{target.name}' is of kind {target.kind}: only a search has a best"
+    if best and wanted == target.kind:
+        return f"is about all that the search found: name it without .best, {target.name}"
     if searches and wanted is None:
         winner = f"{target.name}.best"
         return None if best else f"'{target.name}' is a search: name its winner, {winner}"

@@ -23,7 +23,7 @@ from kvlab.platform.search import pruners
 from kvlab.platform.search.described import dimensions, samples, space_of, written_of
 from kvlab.platform.search.samplers import SAMPLERS, check
 from kvlab.platform.search.space import Space
-from kvlab.platform.search.trials import BASELINE, Trials, ordered
+from kvlab.platform.search.trials import BASELINE, FROM, Trials, ordered
 from kvlab.platform.search.watch import unwatchable
 
 if TYPE_CHECKING:
@@ -110,12 +110,15 @@ class SearchSettings(Settings):
     ] = "auto"
     constraints: dict[str, str] = {}  # noqa: RUF012
     baseline: One | None = None
+    from_: One | None = Field(default=None, alias="from")
+    promote: int = Field(default=10, ge=1, le=10_000)
     start: Annotated[tuple[dict[str, Any], ...], Field(strict=False)] = ()
     trials: int = Field(default=30, ge=1, le=10_000)
     parallel: int = Field(default=2, ge=1, le=1_000)
     sampler: str = "tpe"
     pruner: str = "none"
     seed: int = Field(default=0, ge=0, lt=2**32)
+    confirm: int = Field(default=0, ge=0, le=100)
 
     @model_validator(mode="before")
     @classmethod
@@ -219,7 +222,7 @@ class Search(Kind):
 
     @cached_property
     def references(self) -> References:  # type: ignore[override]
-        return {**{role: "one" for role, _, _ in _roles()}, BASELINE: "one"}
+        return {**{role: "one" for role, _, _ in _roles()}, BASELINE: "one", FROM: "one"}
 
     @cached_property
     def reference_paths(self) -> Mapping[str, str]:  # type: ignore[override]
@@ -227,7 +230,7 @@ class Search(Kind):
 
     @cached_property
     def reference_kinds(self) -> Mapping[str, str]:  # type: ignore[override]
-        return {role: kind for role, _, kind in _roles() if kind is not None}
+        return {FROM: self.name, **{role: kind for role, _, kind in _roles() if kind is not None}}
 
     def takes_data(self, raw: Mapping[str, Any]) -> bool:
         trial = raw.get("trial")
@@ -254,6 +257,8 @@ class Search(Kind):
             "pruner": settings.pruner,
             "seed": settings.seed,
             "start": [dict(point) for point in settings.start],
+            "promote": settings.promote,
+            "confirm": settings.confirm,
             "model": dict(around.model),
             "data": {k: v for k, v in around.data.items() if k not in ("contents", "folder")},
             "folder": around.data["folder"],
@@ -284,6 +289,11 @@ class Search(Kind):
         for number, point in enumerate(settings.start):
             if problem := trials.problem(point):
                 yield f"start.{number}", problem
+        if FROM in around.parents:
+            earlier = {one.path for one in space_of(around.parents[FROM].spec)}
+            if not earlier & {one.path for one in space.dimensions}:
+                name = settings.from_.job if settings.from_ else ""
+                yield FROM, f"'{name}' searched nothing of this space: {', '.join(sorted(earlier))}"
 
     def stand_in(self, name: str, spec: Mapping[str, Any], parents: Mapping[str, Parent]) -> Parent:
         trials = Trials("", spec, {parent.name: parent for parent in parents.values()})

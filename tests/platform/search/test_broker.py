@@ -309,3 +309,28 @@ def test_a_repeat_is_no_evidence() -> None:
 def test_an_impossible_sampler_is_refused_at_once() -> None:
     with pytest.raises(KvlabError, match="a grid needs a step for x"):
         Broker(NUMBERS, ONE, 5, sampler="grid")
+
+
+def test_a_partial_point_is_handed_out_first_and_the_sampler_draws_the_rest(
+    make: Callable[..., Broker],
+) -> None:
+    broker = make(NUMBERS, trials=3, sampler="random")
+    assert broker.enqueue({"m": 7}, partial=True)
+    assert not broker.enqueue({"m": 7}, partial=True)
+    first, second = (point.values for point in play(broker, 2))
+    assert first["m"] == 7
+    assert 0 <= first["x"] <= 1
+    assert set(second) == {"x", "m"}
+    rows = broker.rows()
+    again = make(NUMBERS, trials=3, sampler="random")
+    again.restore(rows)
+    assert not again.enqueue({"m": 7}, partial=True)  # it was tried before the controller died
+
+
+def test_a_partial_point_that_cannot_be_is_left_out(make: Callable[..., Broker]) -> None:
+    space = Space(NUMBERS.dimensions, lambda values: "too large" if values["m"] > 60 else None)
+    broker = make(space, trials=2, sampler="random")
+    assert broker.enqueue({"m": 64}, partial=True)
+    points = [point.values["m"] for point in play(broker)]
+    assert len(points) == 2
+    assert 64 not in points
