@@ -84,8 +84,8 @@ def test_the_winner_runs_again_on_seeds_that_nobody_has_seen(run) -> None:
     assert set(confirmed["measured"]["noop.points"]["seeds"]) == {"1", "2"}
     study = next(study for study in read_studies(workflow.jobs) if study.id == "whole")
     said = [line for line in remarks(study) if "fresh seeds" in line]
+    points = float(best["values"]["noop.points"])
     assert said == [
-        f"Trial {best['number']} again, on 2 fresh seeds: noop.points "
-        f"{best['values']['noop.points']} (95 % interval {best['values']['noop.points']} to "
-        f"{best['values']['noop.points']}), as in its trial."
+        f"Trial {best['number']} again, on 2 fresh seeds: noop.points {points} "
+        f"(95 % interval {points} to {points}), as in its trial."
     ]
