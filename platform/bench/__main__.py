@@ -36,6 +36,7 @@ BENCHES = (
     "squeeze",
     "serving",
     "search",
+    "surface",
     "kvpress",
 )
 """Modules beside this one; each has `run() -> list[Line]`."""

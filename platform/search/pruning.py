@@ -1,4 +1,4 @@
-"""Which running trials to stop: dominated learning curves, and what stopping them would have saved.
+"""Which running trials to stop: those whose learning curves are dominated.
 
 Optuna prunes studies of one objective alone. For several, a trial is stopped when finished trials
 were better than it is at the same step.
@@ -7,11 +7,9 @@ were better than it is at the same step.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
-from kvlab.platform.search.quality import non_dominated
-from kvlab.platform.search.rows import Direction, losses
+from kvlab.platform.search.rows import Direction
 
 Curve = Sequence[tuple[int, Mapping[str, float]]]
 """(step, objectives measured at it), steps rising. Not every step measures every objective."""
@@ -107,66 +105,3 @@ class DominancePruner:
 
     def stopped(self, number: int) -> None:
         self._running.pop(number, None)
-
-
-@dataclass(frozen=True, slots=True)
-class Saving:
-    """What a pruner would have done to a study that ran without it.
-
-    Attributes:
-        steps: saved, out of `all_steps`.
-        stopped: numbers of the trials stopped, rising.
-        lost: those of them that stand on the front of the whole study (of one objective: are best).
-        kept: the rest of that front.
-    """
-
-    steps: int
-    all_steps: int
-    stopped: tuple[int, ...]
-    lost: tuple[int, ...]
-    kept: tuple[int, ...]
-
-
-def replay(
-    curves: Mapping[int, Curve],
-    pruner: Pruner,
-    objectives: Mapping[str, Direction],
-    *,
-    parallel: int = 1,
-) -> Saving:
-    """Run the complete curves of an unpruned study through a pruner.
-
-    Args:
-        curves: by number; the last point of each has every objective.
-        parallel: trials at a time, each one report a turn, started by number.
-    """
-    waiting = sorted(curves)
-    at = dict.fromkeys(waiting[:parallel], 0)
-    del waiting[:parallel]
-    saved: dict[int, int] = {}
-    while at:
-        for number in list(at):
-            curve = curves[number]
-            step, values = curve[at[number]]
-            at[number] += 1
-            stop = pruner.report(number, step, values)
-            ended = at[number] == len(curve)
-            if ended:
-                pruner.finished(number)
-            elif stop:
-                saved[number] = curve[-1][0] - step
-                pruner.stopped(number)
-            if ended or stop:
-                del at[number]
-                if waiting:
-                    at[waiting.pop(0)] = 0
-    numbers = sorted(curves)
-    ends = [losses(curves[number][-1][1], objectives) for number in numbers]
-    front = [numbers[index] for index in non_dominated(ends)]
-    return Saving(
-        steps=sum(saved.values()),
-        all_steps=sum(curve[-1][0] for curve in curves.values()),
-        stopped=tuple(sorted(saved)),
-        lost=tuple(number for number in front if number in saved),
-        kept=tuple(number for number in front if number not in saved),
-    )

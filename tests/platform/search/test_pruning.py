@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import pytest
 
 from kvlab import KvlabError
 from kvlab.platform.search.pruners import PRUNERS, SINGLE, build
-from kvlab.platform.search.pruning import Curve, DominancePruner, dominated, replay
+from kvlab.platform.search.pruning import Curve, DominancePruner, Pruner, dominated
+from kvlab.platform.search.quality import non_dominated
 from kvlab.platform.search.rows import Direction
+from kvlab.platform.search.rows import losses as in_order
 
 TWO: dict[str, Direction] = {"loss": "minimize", "speed": "maximize"}
 ONE: dict[str, Direction] = {"loss": "minimize"}
@@ -21,6 +24,69 @@ def curve(steps: Sequence[int], loss: Sequence[float], speed: Sequence[float] = 
     for values, value in zip(told, speed, strict=False):
         values["speed"] = value
     return list(zip(steps, told, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """What a pruner would have done to a study that ran without it.
+
+    Attributes:
+        steps: saved, out of `all_steps`.
+        stopped: numbers of the trials stopped, rising.
+        lost: those of them that stand on the front of the whole study (of one objective: are best).
+        kept: the rest of that front.
+    """
+
+    steps: int
+    all_steps: int
+    stopped: tuple[int, ...]
+    lost: tuple[int, ...]
+    kept: tuple[int, ...]
+
+
+def replay(
+    curves: Mapping[int, Curve],
+    pruner: Pruner,
+    objectives: Mapping[str, Direction],
+    *,
+    parallel: int = 1,
+) -> Saving:
+    """Run the complete curves of an unpruned study through a pruner.
+
+    Args:
+        curves: by number; the last point of each has every objective.
+        parallel: trials at a time, each one report a turn, started by number.
+    """
+    waiting = sorted(curves)
+    at = dict.fromkeys(waiting[:parallel], 0)
+    del waiting[:parallel]
+    saved: dict[int, int] = {}
+    while at:
+        for number in list(at):
+            curve = curves[number]
+            step, values = curve[at[number]]
+            at[number] += 1
+            stop = pruner.report(number, step, values)
+            ended = at[number] == len(curve)
+            if ended:
+                pruner.finished(number)
+            elif stop:
+                saved[number] = curve[-1][0] - step
+                pruner.stopped(number)
+            if ended or stop:
+                del at[number]
+                if waiting:
+                    at[waiting.pop(0)] = 0
+    numbers = sorted(curves)
+    ends = [in_order(curves[number][-1][1], objectives) for number in numbers]
+    front = [numbers[index] for index in non_dominated(ends)]
+    return Saving(
+        steps=sum(saved.values()),
+        all_steps=sum(curve[-1][0] for curve in curves.values()),
+        stopped=tuple(sorted(saved)),
+        lost=tuple(number for number in front if number in saved),
+        kept=tuple(number for number in front if number not in saved),
+    )
 
 
 FINISHED = curve([10, 20, 30], [3.0, 2.0, 1.0], [50.0, 50.0, 50.0])
