@@ -109,7 +109,7 @@ class Batch:
         head.ended_at = self._pending.now
         if done:
             head.result = dump(result)
-            head.reusable = _is_reusable(result or {})
+            head.reusable = is_reusable(result or {})
             if artifact_uri is not None:
                 self._pending.keep(job_id, "result", attempt, None, artifact_uri)
         self._pending.close_attempt(job_id, attempt, head.cause, head.message, lost_seconds)
@@ -209,7 +209,8 @@ def _check(head: Head, state: JobState) -> None:
     head.changed = True
 
 
-def _is_reusable(result: Mapping[str, Any]) -> bool:
+def is_reusable(result: Mapping[str, Any]) -> bool:
+    """Whether another job may be done with a result: it has no closed gate but settled ones."""
     closed = {name for name, open_ in (result.get("gates") or {}).items() if open_ is False}
     return closed <= set(result.get("settled") or ())
 

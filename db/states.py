@@ -21,7 +21,7 @@ class JobState(StrEnum):
     WAITING = "waiting"  # some parent is not done
     QUEUED = "queued"  # may run now, or after a back-off
     RUNNING = "running"  # its newest attempt is with a worker
-    DONE = "done"  # has a result (its own, or another workflow's: reused_from)
+    DONE = "done"  # has a result (its own, or another job's: reused_from)
     FAILED = "failed"  # its newest attempt ended in a cause with no retry left
     SKIPPED = "skipped"  # a parent failed, was skipped or cancelled
     CANCELLED = "cancelled"
@@ -43,7 +43,7 @@ MOVES: dict[JobState, frozenset[JobState]] = {
 }
 
 REUSABLE = frozenset({JobState.WAITING, JobState.QUEUED})
-"""States from which a job may become DONE with another workflow's result, without an attempt."""
+"""States from which a job may become DONE with another job's result, without an attempt."""
 
 
 class Cause(StrEnum):

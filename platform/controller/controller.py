@@ -217,6 +217,16 @@ class Controller:
         )
         attempts.moved(self._schedule.reuse(job))
 
+    def _echo(self, attempts: Attempts, now: float) -> None:
+        """Jobs whose twin is done are done with its result, where that may be."""
+        while echoes := self._schedule.echoes():
+            for job, twin in echoes:
+                found = self._jobs.finished(twin, self._workflow)
+                if found is not None and usable(found):
+                    self._reuse(job, found, attempts, now)
+                else:
+                    self._schedule.alone(job)
+
     def _tick(self, attempts: Attempts, studies: Studies, messages: list[Message]) -> None:
         """Hear, decide, store, act."""
         now = time.time()
@@ -224,6 +234,7 @@ class Controller:
             self._hear(attempts, studies, message, now)
         self._schedule.wake(now)
         attempts.settle(now)
+        self._echo(attempts, now)
         studies.tick(now)
         if self._stop_by is not None and now >= self._stop_by:
             attempts.end_all(Cause.STOPPED, now)  # did not stop in time
@@ -286,6 +297,8 @@ class Controller:
 
     def _patience(self, attempts: Attempts, studies: Studies) -> float:
         """Seconds until something is due."""
+        if self._ledger.waiting or self._schedule.restless:
+            return 0.0
         now = time.time()
         timers = [attempts.next_poll(), self._schedule.next_timer(), self._stop_by]
         timers.append(studies.due(now))

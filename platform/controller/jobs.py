@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kvlab.db.batches import is_reusable
 from kvlab.db.rows import FinishedJob, JobRow, NewJob
 from kvlab.db.states import Cause, JobState
 from kvlab.platform.controller.schedule import Task
@@ -15,6 +16,7 @@ from kvlab.platform.graph import Cell, Resources
 from kvlab.platform.jobs import KINDS
 from kvlab.platform.jobs.kind import Parent
 from kvlab.platform.search.outcome import Done
+from kvlab.platform.spec.deferred import DEFERRED
 from kvlab.platform.worker.message import Assignment
 
 
@@ -57,6 +59,7 @@ class Jobs:
             {Cause(cause): count for cause, count in row.retries.items()},
             row.timeout,
             row.kind in KINDS and KINDS[row.kind].inline,
+            "" if DEFERRED in row.spec else row.identity,
         )
 
     def add(self, rows: Iterable[JobRow]) -> None:
@@ -83,6 +86,16 @@ class Jobs:
         row = self.rows[job]
         result = self.facts.get(job, {}).get("result") or row.result or {}
         return Done(row.kind, row.axes.get("seed"), row.spec, result)
+
+    def finished(self, job: int, workflow: int) -> FinishedJob | None:
+        """A done job of the workflow, as another one is done with it; None: it cannot be."""
+        row, facts = self.rows[job], self.facts.get(job, {})
+        result = facts.get("result") or row.result or {}
+        if not is_reusable(result):
+            return None
+        origin = facts.get("reused_from") or row.reused_from or job
+        ended = facts.get("ended_at") or row.ended_at or 0.0
+        return FinishedJob(origin, workflow, result, self.artifacts.get(job), ended)
 
     def inputs(self, job: int) -> dict[str, str]:
         """role -> published folder of that parent; parents that published nothing are left out."""

@@ -50,6 +50,11 @@ class Ledger:
         """Do this once all that was gathered so far is stored."""
         self._deeds.append(deed)
 
+    @property
+    def waiting(self) -> bool:
+        """Whether there is something to store: deeds of the last commit had rows of their own."""
+        return bool(self._rows or self._tails)
+
     def commit(self, now: float) -> None:
         """Store everything in one transaction, then act.
 

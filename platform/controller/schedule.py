@@ -3,6 +3,8 @@
 Pure: no Ray, no SQL, no clock of its own. Every method is told the time and returns the changes of
 state, which its caller stores before acting on them. An event costs O(log jobs) and its own
 consequences, however many jobs are queued.
+
+Of the ready jobs of one identity one runs at a time; once it is done the others are `echoes` of it.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvlab.db.states import TERMINAL, Cause, JobState
+from kvlab.platform.controller.twins import Twins
 from kvlab.platform.graph import Resources
 
 ONE_CPU = Resources()
@@ -24,6 +27,7 @@ class Task:
     """What scheduling knows of a job.
 
     needs: ids of the jobs that must be done first. inline: no worker takes it, see `inline`.
+    identity: jobs that share it are one piece of work; "" is shared with none.
     """
 
     id: int
@@ -32,6 +36,7 @@ class Task:
     retries: Mapping[Cause, int] = field(default_factory=dict)
     timeout: float | None = None
     inline: bool = False
+    identity: str = ""
 
 
 class Move(NamedTuple):
@@ -39,6 +44,13 @@ class Move(NamedTuple):
 
     job: int
     state: JobState
+
+
+class Echo(NamedTuple):
+    """A ready job, and its twin that is done: its result may stand for both."""
+
+    job: int
+    twin: int
 
 
 class Verdict(NamedTuple):
@@ -80,6 +92,8 @@ class Schedule:
         self._by_order: list[int] = []
         self._delay = delay
         self._inline: list[int] = []
+        self._twins = Twins()
+        self._echoes: list[Echo] = []
         self._ready: dict[Resources, list[int]] = defaultdict(list)
         self._delayed: list[tuple[float, int]] = []
         self._deadlines: list[tuple[float, int, int]] = []
@@ -99,6 +113,10 @@ class Schedule:
         full retry budgets, unless they are `settled`.
         """
         moves: list[Move] = []
+        for begun in (JobState.RUNNING, JobState.DONE):  # it leads whoever comes before it
+            for job in self._jobs.values():
+                if stored[job.task.id][0] is begun:
+                    self._twins.claim(job.task.identity, job.task.id)
         for job in self._jobs.values():
             before, job.attempt = stored[job.task.id]
             over = job.task.id in settled and before in TERMINAL
@@ -120,6 +138,24 @@ class Schedule:
             return []
         found, self._inline = self._inline, []
         return found
+
+    def echoes(self) -> list[Echo]:
+        """Remove and return the ready jobs whose twin is done: for `reuse`, else `alone`."""
+        found, self._echoes = self._echoes, []
+        return [echo for echo in found if self._jobs[echo.job].state is JobState.QUEUED]
+
+    def alone(self, job: int) -> None:
+        """The result of a job's twin is of no use to it: it runs itself, or behind another twin."""
+        one = self._jobs[job]
+        identity = one.task.identity
+        if self._jobs[self._twins.claim(identity, job)].state is JobState.DONE:
+            self._twins.hand_over(identity, job)
+        self._push(one)
+
+    @property
+    def restless(self) -> bool:
+        """Whether `inline` or `echoes` would return something."""
+        return bool(self._echoes) or bool(self._inline and not self._stopping)
 
     def state(self, job: int) -> JobState:
         return self._jobs[job].state
@@ -171,9 +207,11 @@ class Schedule:
         one = self._jobs[job]
         if cause is Cause.DONE:
             self._set(one, JobState.DONE)
+            self._over(one)
             return Verdict(JobState.DONE, self._release(one))
         if cause is Cause.CANCELLED or self._cancelled:
             self._set(one, JobState.CANCELLED)
+            self._over(one)
             return Verdict(JobState.CANCELLED, self._skip(one))
         if cause is Cause.STOPPED:
             self._set(one, JobState.QUEUED)
@@ -186,6 +224,7 @@ class Schedule:
             heapq.heappush(self._delayed, (due, job))
             return Verdict(JobState.QUEUED, [])
         self._set(one, JobState.FAILED)
+        self._over(one)
         return Verdict(JobState.FAILED, self._skip(one))
 
     def reuse(self, job: int) -> list[Move]:
@@ -193,6 +232,7 @@ class Schedule:
         one = self._jobs[job]
         self._unqueue(one)
         self._set(one, JobState.DONE)
+        self._over(one)
         return self._release(one)
 
     def withdraw(self, job: int) -> list[Move]:
@@ -202,6 +242,7 @@ class Schedule:
             return []
         self._unqueue(one)
         self._set(one, JobState.CANCELLED)
+        self._over(one)
         return [Move(job, JobState.CANCELLED), *self._skip(one)]
 
     def wake(self, now: float) -> None:
@@ -241,6 +282,8 @@ class Schedule:
         self._ready.clear()
         self._inline.clear()
         self._delayed.clear()
+        self._twins.clear()
+        self._echoes.clear()
         return moves
 
     def _set(self, job: _Job, state: JobState) -> None:
@@ -268,14 +311,41 @@ class Schedule:
         return () if stays else _path(job.task.id, before, job.state)
 
     def _push(self, job: _Job) -> None:
-        if job.task.inline:
-            self._inline.append(job.task.id)
+        """A job is ready: it may begin, unless a twin of it has."""
+        task = job.task
+        leader = self._twins.claim(task.identity, task.id)
+        if leader != task.id:
+            if self._jobs[leader].state is JobState.DONE:
+                self._echoes.append(Echo(task.id, leader))
+            else:
+                self._twins.wait(task.identity, task.id)
+        elif task.inline:
+            self._inline.append(task.id)
+        else:
+            heapq.heappush(self._ready[task.resources], job.order)
+
+    def _over(self, job: _Job) -> None:
+        """A job has ended: its twins are done with it too, or the next of them begins."""
+        identity = job.task.identity
+        done = job.state is JobState.DONE
+        if done:
+            self._twins.claim(identity, job.task.id)
+        if not identity or not self._twins.leads(identity, job.task.id):
             return
-        heapq.heappush(self._ready[job.task.resources], job.order)
+        if not done:
+            self._twins.give_up(identity)
+        while (twin := self._twins.next(identity)) is not None:
+            if self._jobs[twin].state is not JobState.QUEUED:
+                continue
+            self._push(self._jobs[twin])
+            if not done:
+                return
 
     def _unqueue(self, job: _Job) -> None:
         """Take a job out of those that are ready, if it is one."""
         if job.state is not JobState.QUEUED:
+            return
+        if not self._twins.leads(job.task.identity, job.task.id):
             return
         if job.task.id in self._inline:
             self._inline.remove(job.task.id)

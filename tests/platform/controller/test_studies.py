@@ -249,6 +249,34 @@ def test_a_winner_that_later_jobs_cannot_take(run, documents: Path) -> None:
     assert "evaluate.sequence_length: must be two or more blocks" in search.message
 
 
+WINDOWS = """
+version: 1
+name: windows
+model: {{width: 32, layers: 2, heads: 2, tie_embeddings: true}}
+data: {{source: {{folder: {text}}}, tokenizer: {{bytes: true}}, sequence_length: 32}}
+jobs:
+  best:
+    search:
+      trial:
+        train: {{method: full_attention, tokens: {tokens}, batch_size: 4, {more}}}
+        evaluate: {{metrics: [divergence], apply: {{sliding_window: {{}}}}}}
+      space: {{sliding_window.window: [2, 4, 8, 16]}}
+      objectives: [kl]
+      trials: 4
+      parallel: 4
+"""
+
+
+def test_what_trials_at_once_have_in_common_is_done_once(run, documents: Path) -> None:
+    outcome, workflow = run(WINDOWS.format(text=documents, tokens="2k", more="warmup: 0"))
+    assert outcome.state is WorkflowState.DONE
+    trained = [row for row in workflow.jobs if row.kind == "train"]
+    (own,) = [row for row in trained if row.reused_from is None]
+    assert [row.reused_from for row in trained if row is not own] == [own.id] * 3
+    assert [row.attempt for row in workflow.jobs if row.kind == "evaluate"] == [1] * 4
+    assert {trial["state"] for trial in result(workflow)["trials"]} == {"complete"}
+
+
 PRUNED = """
 version: 1
 name: pruned
