@@ -58,7 +58,7 @@ class Jobs:
             Resources(**row.resources),
             {Cause(cause): count for cause, count in row.retries.items()},
             row.timeout,
-            row.kind in KINDS and KINDS[row.kind].inline,
+            DEFERRED in row.spec or (row.kind in KINDS and KINDS[row.kind].inline),
             "" if DEFERRED in row.spec else row.identity,
         )
 

@@ -139,6 +139,13 @@ class Schedule:
         found, self._inline = self._inline, []
         return found
 
+    def resolved(self, task: Task) -> None:
+        """What a job is has been found: it is no inline one any more."""
+        one = self._jobs[task.id]
+        one.task = task
+        if one.state is JobState.QUEUED:
+            self._push(one)
+
     def echoes(self) -> list[Echo]:
         """Remove and return the ready jobs whose twin is done: for `reuse`, else `alone`."""
         found, self._echoes = self._echoes, []

@@ -7,7 +7,7 @@ they try. What became of a trial is an event too, so a study is rebuilt from its
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from kvlab.platform.controller.attempts import Attempts
 from kvlab.platform.controller.jobs import Jobs, new_job, usable
 from kvlab.platform.controller.ledger import Ledger
 from kvlab.platform.controller.schedule import Schedule
-from kvlab.platform.controller.winners import first_points, pass_on, winner
+from kvlab.platform.controller.winners import Winners, first_points, trials_of
 from kvlab.platform.graph import Cell
 from kvlab.platform.jobs import KINDS
 from kvlab.platform.search.rows import TRIAL
@@ -30,7 +30,6 @@ from kvlab.platform.spec.deferred import DEFERRED
 
 if TYPE_CHECKING:
     from kvlab.platform.search.study import Data, Study, StudyView
-    from kvlab.platform.search.trials import Trials
 
 KIND = "search"
 """The kind of job that is a study."""
@@ -79,6 +78,7 @@ class Studies:
         self._store = store
         self._jobs, self._schedule, self._attempts = jobs, schedule, attempts
         self._ledger, self._reuse = ledger, reuse
+        self._winners = Winners(jobs, schedule, ledger)
         self._active: dict[int, Active] = {}
         self._fetching: set[int] = set()
         """Studies that are done elsewhere, whose winner's jobs are about to join this workflow."""
@@ -117,40 +117,43 @@ class Studies:
 
     def tick(self, now: float) -> None:
         """Begin what can begin, and take every study a step on."""
+        resolved: list[int] = []
         for job in self._schedule.inline():
-            if job not in self._fetching:
-                attempt = self._schedule.started(job, now)
-                self._ledger.row(partial(Batch.start, job_id=job, worker=WORKER), job, "start")
-                self._jobs.note(job, attempt, JobState.RUNNING, started_at=now, ended_at=None)
+            row = self._jobs[job]
+            if row.kind != KIND:
+                resolved += self._resolved(job, now)
+            elif job not in self._fetching:
+                attempt = self._started(job, now)
                 try:
                     self._begin(job, attempt, now)
                 except KvlabError as error:
-                    self._end(job, attempt, Cause.USER_ERROR, now, str(error))
+                    self._failed(job, attempt, now, error)
+        self._reuse_finished(resolved)
         for active in list(self._active.values()):
             if active.adding:
                 continue
             try:
                 self._advance(active, now)
             except KvlabError as error:
-                self._leave(active, Cause.USER_ERROR, now, str(error))
+                self._drop(active)
+                self._failed(active.row.id, active.attempt, now, error)
 
     def takes(self, job: int, found: FinishedJob) -> bool:
-        """Pass on the winner of another workflow's study, which this job is to be done with.
+        """Have what another workflow's study found, with which this job is to be done.
 
         Returns:
             False where the winner's jobs have to join this workflow first; then it is reused.
         """
-        row = self._jobs[job]
         waiting = any(DEFERRED in other.spec for other in self._jobs.rows.values())
         if not waiting or found.result["best"] is None:
-            return not waiting  # without a winner the study itself says what lacks
-        trials = self._trials(row)
-        model, values = winner(found.result, row.spec["arms"][0], trials)
-        if model.name in self._jobs:
-            self._pass_on(row, trials, found.result)
+            return True
+        try:
+            cells = self._winners.lacking(self._jobs[job], found.result)
+        except KvlabError:
+            return True  # the jobs that build on it fail, and say why
+        if not cells:
             return True
         ids: list[int] = []
-        cells = trials.cells(found.result["best"], values)
         self._fetching.add(job)
 
         def write(batch: Batch) -> None:
@@ -187,7 +190,7 @@ class Studies:
 
         row = self._jobs[job]
         past = self._past.setdefault(job, {})
-        study = Study(row.spec, self._trials(row), past, first_points(row, self._jobs))
+        study = Study(row.spec, trials_of(row, self._jobs), past, first_points(row, self._jobs))
         active = self._active[job] = Active(row, attempt, study)
         for number, data in past.items():
             of_it = list(self._of_trial(row.name, number))
@@ -201,14 +204,17 @@ class Studies:
                 del active.running[number]
                 study.watch.ended(int(number), complete=True)
 
-    def _trials(self, row: JobRow) -> Trials:
-        from kvlab.platform.search.trials import Trials
-
-        names = {name for arm in row.spec["arms"] for name in arm["parents"].values()}
-        names |= set(row.parents.values())
-        outside = {name: self._jobs.as_parent(name) for name in names}
-        identities = {name: self._jobs.named(name).identity for name in names}
-        return Trials(row.name, row.spec, outside, identities)
+    def _resolved(self, job: int, now: float) -> list[int]:
+        """Say what a ready job is that waited for a winner; where it cannot be, it has failed."""
+        found: list[int] = []
+        if DEFERRED not in self._jobs[job].spec:
+            return found  # one that it stands beside came first
+        try:
+            for one in self._winners.resolve(job):
+                found.append(one)
+        except KvlabError as error:
+            self._failed(job, self._started(job, now), now, error)
+        return found
 
     def _of_trial(self, study: str, number: str) -> Iterator[int]:
         for row in self._jobs.rows.values():
@@ -229,9 +235,7 @@ class Studies:
         while (trial := study.next(set(active.running))) is not None:
             self._run(active, trial.number, trial.cells, trial.data)
         if not active.running and study.over:
-            result = study.result()
-            self._pass_on(active.row, study.trials, result)
-            self._leave(active, Cause.DONE, now, None, result)
+            self._leave(active, Cause.DONE, now, None, study.result())
 
     def _watch(self, active: Active, number: str, now: float) -> None:
         """Take in what a trial's first seed has logged; stop the trial where that is enough."""
@@ -307,12 +311,11 @@ class Studies:
         self._attempts.moved(self._schedule.add([self._jobs.task(row) for row in rows], states))
         self._reuse_finished(row.id for row in rows)
 
-    def _pass_on(self, row: JobRow, trials: Trials, result: Mapping[str, Any]) -> None:
-        self._reuse_finished(pass_on(row, trials, result, self._jobs, self._ledger))
-
     def _reuse_finished(self, jobs: Iterable[int]) -> None:
         """What these jobs are is known by now: perhaps others have done them."""
         identities = {job: self._jobs[job].identity for job in jobs}
+        if not identities:
+            return
         finished = self._store.finished(identities.values())
         for job, identity in identities.items():
             found = finished.get(identity)
@@ -340,9 +343,21 @@ class Studies:
         message: str | None,
         result: dict[str, Any] | None = None,
     ) -> None:
+        self._drop(active)
+        self._end(active.row.id, active.attempt, cause, now, message, result)
+
+    def _drop(self, active: Active) -> None:
         del self._active[active.row.id]
         active.study.close()
-        self._end(active.row.id, active.attempt, cause, now, message, result)
+
+    def _started(self, job: int, now: float) -> int:
+        attempt = self._schedule.started(job, now)
+        self._ledger.row(partial(Batch.start, job_id=job, worker=WORKER), job, "start")
+        self._jobs.note(job, attempt, JobState.RUNNING, started_at=now, ended_at=None)
+        return attempt
+
+    def _failed(self, job: int, attempt: int, now: float, error: KvlabError) -> None:
+        self._end(job, attempt, Cause.USER_ERROR, now, str(error))
 
     def _end(
         self,

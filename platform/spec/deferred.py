@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from kvlab import KvlabError
 from kvlab.platform.graph import Resources
 from kvlab.platform.jobs import IMPLICIT, KINDS
@@ -16,6 +18,7 @@ from kvlab.platform.jobs.kind import Parent, Surroundings
 from kvlab.platform.jobs.model import model_key
 from kvlab.platform.spec.contents import Contents
 from kvlab.platform.spec.identity import Machine, identity_of
+from kvlab.platform.spec.problems import from_pydantic
 
 DEFERRED = "deferred"
 """The key of such a job's spec that holds all that resolving it again takes."""
@@ -60,7 +63,11 @@ def settled(
     for field, value in found.items():
         if field in kind.settings.model_fields:
             raw.setdefault(field, value)
-    settings = kind.settings.model_validate(raw)
+    try:
+        settings = kind.settings.model_validate(raw)
+    except ValidationError as error:
+        place, message = next(iter(from_pydantic(error, raw, kind.settings)))
+        raise KvlabError(f"{'.'.join((kind_name, *map(str, place)))}: {message}") from None
     data = {**held["data"], "contents": Contents(None, write=False)}
     around = Surroundings(held["seed"], held["model"], data, parents, distinct(siblings), resources)
     for path, message in kind.check(settings, around):

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from kvlab.db.states import JobState, WorkflowState
+from kvlab.db.states import Cause, JobState, WorkflowState
 from kvlab.db.store import Store
 from kvlab.platform.cli.export import published
 from kvlab.platform.controller import studies
@@ -46,12 +46,15 @@ def study(space: str = "{noop.points: {int: [1, 40]}}", trials: int = 6, sampler
 
 @pytest.fixture
 def run(store, home, pool):
-    """Run a workflow's text; return its outcome and what is stored of it."""
+    """Run a workflow's text, or go on with one; return its outcome and what is stored of it."""
 
-    def go(text: str):
+    def submitted(text: str) -> int:
         graph = load_graph(text, home=home.root)
         jobs = [new_job(cell) for cell in graph.cells]
-        number = store.create_workflow(graph.name, text, dict(graph.report), jobs, time.time())
+        return store.create_workflow(graph.name, text, dict(graph.report), jobs, time.time())
+
+    def go(what: str | int):
+        number = what if isinstance(what, int) else submitted(what)
         outcome = Controller(home, store, number, pool=pool).run()
         return outcome, store.load(number)
 
@@ -241,12 +244,73 @@ def test_the_winner_is_trained_longer(run, home, documents: Path, monkeypatch) -
 
 
 def test_a_winner_that_later_jobs_cannot_take(run, documents: Path) -> None:
+    """The study keeps what it found; the job that cannot take it says why, and may try again."""
     text = LONGER.format(text=documents, objectives="[train_flops]", parallel=2)
     text = text.replace("of: [longer, base], tokens: 500", "of: longer, sequence_length: 12")
-    outcome, workflow = run(text.replace("[2, 4, 8]", "[2, 4, 16]"))
+    text = text.replace("[2, 4, 8]", "[2, 4, 16]") + "  after: {noop: {}, needs: [quality]}\n"
+    text += "  direct: {evaluate: {of: best.best, sequence_length: 12}}\n"
+    outcome, workflow = run(text)
     assert outcome.state is WorkflowState.FAILED
-    search = next(row for row in workflow.jobs if row.kind == "search")
-    assert "evaluate.sequence_length: must be two or more blocks" in search.message
+    jobs = {row.name: row for row in workflow.jobs}
+    assert jobs["best"].state is JobState.DONE
+    assert result(workflow)["best"] is not None
+    assert jobs["longer[seed=0]"].state is JobState.DONE
+    failed = jobs["quality[seed=0]"]
+    assert (failed.state, failed.cause) == (JobState.FAILED, Cause.USER_ERROR)
+    assert failed.message.startswith("evaluate.sequence_length: must be two or more blocks")
+    direct = jobs["direct[seed=1]"].message
+    winner = f"best/{result(workflow)['best']}/uptrain[seed=1]"
+    assert direct.startswith(f"it cannot build on best.best ({winner}): evaluate.sequence_length")
+    assert jobs["after[seed=0]"].state is JobState.SKIPPED
+    _, again = run(workflow.row.id)
+    retried = next(row for row in again.jobs if row.name == "quality[seed=0]")
+    assert (retried.state, retried.attempt, retried.message) == (
+        JobState.FAILED, 2, failed.message,
+    )  # fmt: skip
+
+
+def test_without_a_winner_what_builds_on_it_fails(run, documents: Path) -> None:
+    """The study is done, has its sheet, and is reused as it is."""
+    text = LONGER.format(text=documents, objectives="[train_flops]", parallel=2)
+    text = text.replace("<= 100 * base", "<= 0.5").replace("seeds: [0, 1]", "seeds: [0]")
+    for _ in range(2):
+        outcome, workflow = run(text)
+        assert outcome.state is WorkflowState.FAILED
+        jobs = {row.name: row for row in workflow.jobs}
+        assert (jobs["best"].state, jobs["best"].result["best"]) == (JobState.DONE, None)
+        assert jobs["longer[seed=0]"].state is JobState.FAILED
+        said = "no trial of best meets perplexity <= 0.5: there is no winner to go on from"
+        assert jobs["longer[seed=0]"].message == said
+        assert jobs["quality[of=longer,seed=0]"].state is JobState.SKIPPED
+        # Which tokens all models are scored on is not known without the one that is not there.
+        beside = jobs["quality[of=base,seed=0]"]
+        assert (beside.state, beside.message) == (JobState.FAILED, f"longer[seed=0]: {said}")
+    assert jobs["best"].reused_from is not None
+
+
+TWO = """
+  other:
+    search:
+      trial: {{evaluate: {{of: base, metrics: [divergence], apply: {{sliding_window: {{}}}}}}}}
+      space: {{sliding_window.window: [4, 8]}}
+      objectives: [kl]
+      trials: 2
+  both:
+    evaluate: {{of: [best.best, other.best], tokens: 500, apply: full_attention}}
+"""
+
+
+def test_a_job_may_wait_for_two_winners(run, documents: Path) -> None:
+    text = LONGER.format(text=documents, objectives="[train_flops]", parallel=2)
+    text = text[: text.index("  longer:")].replace("seeds: [0, 1]", "seeds: [0]")
+    outcome, workflow = run(text + TWO.format()[1:])
+    assert outcome.state is WorkflowState.DONE
+    jobs = {row.name: row for row in workflow.jobs}
+    best = jobs["best"].result["best"]
+    assert jobs["both[of=best,seed=0]"].parents["of"] == f"best/{best}/uptrain[seed=0]"
+    assert jobs["both[of=other,seed=0]"].parents["of"] == "base[seed=0]"
+    both = [jobs[f"both[of={one},seed=0]"] for one in ("best", "other")]
+    assert {row.spec["first_target"] for row in both} == {8}
 
 
 WINDOWS = """
