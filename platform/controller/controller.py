@@ -153,6 +153,7 @@ class Controller:
         )
         self._feed = Feed(self._store, stored, self._jobs, self._mirror)
         self._studies = studies = Studies(
+            self._home,
             self._store,
             self._workflow,
             self._jobs,

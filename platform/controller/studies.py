@@ -7,13 +7,16 @@ they try. What became of a trial is an event too, so a study is rebuilt from its
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kvlab import KvlabError
 from kvlab.db.batches import Batch
+from kvlab.db.errors import StoreError
 from kvlab.db.rows import FinishedJob, JobRow, fresh
 from kvlab.db.states import TERMINAL, Cause, JobState
 from kvlab.db.store import Store
@@ -23,10 +26,12 @@ from kvlab.platform.controller.ledger import Ledger
 from kvlab.platform.controller.schedule import Schedule
 from kvlab.platform.controller.winners import Winners, first_points, trials_of
 from kvlab.platform.graph import Cell
+from kvlab.platform.home import Home
 from kvlab.platform.jobs import KINDS
 from kvlab.platform.search.rows import TRIAL
 from kvlab.platform.search.watch import POINT
 from kvlab.platform.spec.deferred import DEFERRED
+from kvlab.platform.worker.causes import classify
 
 if TYPE_CHECKING:
     from kvlab.platform.search.study import Data, Study, StudyView
@@ -67,6 +72,7 @@ class Studies:
 
     def __init__(
         self,
+        home: Home,
         store: Store,
         workflow: int,
         jobs: Jobs,
@@ -75,7 +81,7 @@ class Studies:
         ledger: Ledger,
         reuse: Reuse,
     ) -> None:
-        self._store = store
+        self._home, self._store, self._workflow = home, store, workflow
         self._jobs, self._schedule, self._attempts = jobs, schedule, attempts
         self._ledger, self._reuse = ledger, reuse
         self._winners = Winners(jobs, schedule, ledger)
@@ -126,7 +132,7 @@ class Studies:
                 attempt = self._started(job, now)
                 try:
                     self._begin(job, attempt, now)
-                except KvlabError as error:
+                except Exception as error:
                     self._failed(job, attempt, now, error)
         self._reuse_finished(resolved)
         for active in list(self._active.values()):
@@ -134,7 +140,9 @@ class Studies:
                 continue
             try:
                 self._advance(active, now)
-            except KvlabError as error:
+            except StoreError:
+                continue  # it reads again in the next tick
+            except Exception as error:
                 self._drop(active)
                 self._failed(active.row.id, active.attempt, now, error)
 
@@ -149,7 +157,7 @@ class Studies:
             return True
         try:
             cells = self._winners.lacking(self._jobs[job], found.result)
-        except KvlabError:
+        except Exception:
             return True  # the jobs that build on it fail, and say why
         if not cells:
             return True
@@ -174,7 +182,7 @@ class Studies:
     def end_all(self, cause: Cause, now: float) -> None:
         """End all studies; with STOPPED they go on another time."""
         for active in list(self._active.values()):
-            self._leave(active, cause, now, None)
+            self._leave(active, cause, now)
 
     def close(self) -> None:
         """Leave every sampler."""
@@ -212,7 +220,7 @@ class Studies:
         try:
             for one in self._winners.resolve(job):
                 found.append(one)
-        except KvlabError as error:
+        except Exception as error:
             self._failed(job, self._started(job, now), now, error)
         return found
 
@@ -235,7 +243,7 @@ class Studies:
         while (trial := study.next(set(active.running))) is not None:
             self._run(active, trial.number, trial.cells, trial.data)
         if not active.running and study.over:
-            self._leave(active, Cause.DONE, now, None, study.result())
+            self._leave(active, Cause.DONE, now, study.result())
 
     def _watch(self, active: Active, number: str, now: float) -> None:
         """Take in what a trial's first seed has logged; stop the trial where that is enough."""
@@ -316,7 +324,10 @@ class Studies:
         identities = {job: self._jobs[job].identity for job in jobs}
         if not identities:
             return
-        finished = self._store.finished(identities.values())
+        try:
+            finished = self._store.finished(identities.values())
+        except StoreError:
+            return  # then they run
         for job, identity in identities.items():
             found = finished.get(identity)
             if found is not None and usable(found):
@@ -335,16 +346,9 @@ class Studies:
                 return f"{self._jobs[job].name}: {str(message).strip().splitlines()[0]}"
         return "its jobs did not finish"
 
-    def _leave(
-        self,
-        active: Active,
-        cause: Cause,
-        now: float,
-        message: str | None,
-        result: dict[str, Any] | None = None,
-    ) -> None:
+    def _leave(self, active: Active, cause: Cause, now: float, result: Any = None) -> None:
         self._drop(active)
-        self._end(active.row.id, active.attempt, cause, now, message, result)
+        self._end(active.row.id, active.attempt, cause, now, None, result)
 
     def _drop(self, active: Active) -> None:
         del self._active[active.row.id]
@@ -356,8 +360,16 @@ class Studies:
         self._jobs.note(job, attempt, JobState.RUNNING, started_at=now, ended_at=None)
         return attempt
 
-    def _failed(self, job: int, attempt: int, now: float, error: KvlabError) -> None:
-        self._end(job, attempt, Cause.USER_ERROR, now, str(error))
+    def _failed(self, job: int, attempt: int, now: float, error: Exception) -> None:
+        """An attempt ends for a person's mistake; for ours too, which the job's log tells of."""
+        message = str(error)
+        if not isinstance(error, KvlabError):
+            message = classify(error)[1]
+            log = self._home.log(self._workflow, self._jobs[job].name, attempt)
+            with suppress(OSError):
+                log.parent.mkdir(parents=True, exist_ok=True)
+                log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        self._end(job, attempt, Cause.USER_ERROR, now, message)
 
     def _end(
         self,

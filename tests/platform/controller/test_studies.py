@@ -341,6 +341,49 @@ def test_what_trials_at_once_have_in_common_is_done_once(run, documents: Path) -
     assert {trial["state"] for trial in result(workflow)["trials"]} == {"complete"}
 
 
+@pytest.mark.parametrize("where", ["judge", "next", "result", "__init__"])
+def test_a_bug_ends_its_study_alone(run, home, monkeypatch, where) -> None:
+    from kvlab.platform.search.study import Study
+
+    def broken(self: Study, *given: Any, **named: Any) -> Any:
+        if "best" in (given[1].name if where == "__init__" else self.trials.name):
+            raise ZeroDivisionError("a bug\nof ours")
+        return before(self, *given, **named)
+
+    before = getattr(Study, where)
+    monkeypatch.setattr(Study, where, broken)
+    text = study(trials=3)
+    other = text[text.index("  best:") :].replace("  best:", "  other:")
+    outcome, workflow = run(text + other + "  after: {noop: {points: 77}}\n")
+    assert outcome.state is WorkflowState.FAILED
+    jobs = {row.name: row for row in workflow.jobs}
+    assert jobs["best"].state is JobState.FAILED
+    assert jobs["best"].message == "ZeroDivisionError: a bug of ours"
+    assert jobs["other"].state is jobs["after[seed=0]"].state is JobState.DONE
+    log = home.log(workflow.row.id, "best", jobs["best"].attempt).read_text()
+    assert log.startswith("Traceback")
+    assert "test_studies.py" in log
+    monkeypatch.undo()
+    resumed, workflow = run(workflow.row.id)
+    assert resumed.state is WorkflowState.DONE
+
+
+def test_what_the_sampler_breaks_on_ends_its_study(run, home, monkeypatch) -> None:
+    """The thread that asks it passes on what was raised there."""
+    from kvlab.platform.search.proposals import Proposals
+
+    def ask(self: Proposals) -> None:
+        raise ZeroDivisionError("in the sampler")
+
+    monkeypatch.setattr(Proposals, "ask", ask)
+    outcome, workflow = run(study() + "  after: {noop: {points: 77}}\n")
+    assert outcome.state is WorkflowState.FAILED
+    jobs = {row.name: row for row in workflow.jobs}
+    assert jobs["best"].message == "ZeroDivisionError: in the sampler"
+    assert jobs["after[seed=0]"].state is JobState.DONE
+    assert "in ask" in home.log(workflow.row.id, "best", 1).read_text()
+
+
 PRUNED = """
 version: 1
 name: pruned
