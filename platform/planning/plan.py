@@ -12,6 +12,7 @@ from kvlab.platform.graph import Cell, Graph
 from kvlab.platform.jobs import KINDS
 from kvlab.platform.jobs.kind import Parent, Prediction
 from kvlab.platform.planning.history import NEWEST, Duration, History
+from kvlab.platform.planning.studies import StudyCost, cost_of
 from kvlab.platform.spec.identity import changed, explain
 
 State = Literal["reusable", "stale", "to run"]
@@ -21,13 +22,14 @@ REASONS = 3
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """One cell: its state, why it is stale, and what it will cost."""
+    """One cell: its state, why it is stale, and what it will cost; `study`: its trials' jobs."""
 
     cell: Cell
     state: State
     why: str
     prediction: Prediction
     duration: Duration | None
+    study: StudyCost | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,8 @@ def make(graph: Graph, known: Known) -> Plan:
         if key not in durations:
             durations[key] = known.history.predict(cell.kind, prediction, cell.resources)
         state, why = _state(cell, known)
-        planned.append(Planned(cell, state, why, prediction, durations[key]))
+        study = cost_of(cell, parents) if cell.kind == "search" else None
+        planned.append(Planned(cell, state, why, prediction, durations[key], study))
     return Plan(graph, tuple(planned))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import asdict
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,13 +13,14 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from kvlab.platform.graph import Resources
-from kvlab.platform.planning.history import CORE_FLOPS, GPU_FLOPS
+from kvlab.platform.planning.history import CORE_FLOPS, GPU_FLOPS, Basis
 from kvlab.platform.planning.plan import Plan, Planned
 
 MOST_ROWS = 100
 """Points of matrices that are listed one by one; a larger plan is summed up by job."""
 
 WIDEST = 10_000
+BASES = get_args(Basis)
 NAMED = 3
 """Jobs of unknown duration that are named; the rest is counted."""
 
@@ -60,6 +62,7 @@ def _cell(planned: Planned) -> dict[str, Any]:
         "body_parameters": prediction.body_parameters,
         "flops": prediction.flops,
         "kv_bytes_per_token": prediction.kv_bytes_per_token,
+        "study": planned.study and asdict(planned.study),
         "seconds": duration and duration.seconds,
         "seconds_from": duration and duration.basis,
     }
@@ -118,7 +121,7 @@ def _points(groups: Mapping[str, Sequence[Planned]], console: Console) -> None:
             above = [_unseeded(name, seed) for name in above]
         table.add_row(
             escape(name),
-            cell.kind,
+            _kind(members[0]),
             escape("\n".join(dict.fromkeys(above))),
             ",".join(map(str, seeds)),
             escape(_states(members)),
@@ -126,6 +129,12 @@ def _points(groups: Mapping[str, Sequence[Planned]], console: Console) -> None:
             *_numbers(members),
         )
     _print(table, console)
+
+
+def _kind(planned: Planned) -> str:
+    """A job's kind; of a study also its trials, and the jobs of one: `search, 30 x (evaluate)`."""
+    kind = planned.cell.kind
+    return kind if planned.study is None else f"{kind}, {planned.study}"
 
 
 def _states(members: Sequence[Planned]) -> str:
@@ -145,7 +154,7 @@ def _sums(what: str, groups: Mapping[str, Sequence[Planned]], console: Console) 
         shapes = {resources(planned.cell.resources) for planned in members}
         table.add_row(
             escape(name),
-            *([members[0].cell.kind] if what == "job" else []),
+            *([_kind(members[0])] if what == "job" else []),
             str(len(members)),
             escape(_states(members)),
             shapes.pop() if len(shapes) == 1 else f"{len(shapes)} shapes",
@@ -171,14 +180,25 @@ def _print(table: Table, console: Console) -> None:
 
 
 def _numbers(members: Sequence[Planned]) -> tuple[str, ...]:
-    """Parameters and KV bytes as a range, FLOPs and time as sums."""
-    flops = sum(p.prediction.flops or 0.0 for p in members)
+    """Parameters and KV bytes as a range, FLOPs and time as sums; a study's FLOPs as a range."""
+    flops = [
+        (p.study.flops or (0.0, 0.0)) if p.study else (p.prediction.flops or 0.0,) * 2
+        for p in members
+    ]
+    least, most = (sum(ends) for ends in zip(*flops, strict=True))
     return (
-        _range([p.prediction.parameters for p in members]),
-        quantity(flops) if flops else "",
-        _range([p.prediction.kv_bytes_per_token for p in members]),
+        _range(v for p in members for v in _ends(p, "parameters")),
+        _range((least, most)) if most else "",
+        _range(v for p in members for v in _ends(p, "kv_bytes_per_token")),
         seconds(_total(members)),
     )
+
+
+def _ends(planned: Planned, name: str) -> Sequence[float | None]:
+    """What is predicted of a job's model, or the least and the most of a study's trials'."""
+    if planned.study is not None:
+        return getattr(planned.study, name) or ()
+    return (getattr(planned.prediction, name),)
 
 
 def _range(values: Iterable[float | None]) -> str:
@@ -196,18 +216,29 @@ def _total(members: Iterable[Planned]) -> float:
 def _bases(members: Iterable[Planned]) -> list[str]:
     """Say what the times rest on."""
     members = list(members)
-    used = Counter(p.duration.basis if p.duration else None for p in members)
-    meaning = {
+    used = Counter[str | None](
+        p.duration.basis if p.duration else "study" if p.study else None for p in members
+    )
+    meaning: dict[str | None, str] = {
         "like jobs": "finished jobs of its kind and size",
         "rate of its kind": "FLOPs at the rate of finished jobs of its kind and about its size",
         "assumed rate": f"FLOPs at an assumed {quantity(CORE_FLOPS)}FLOP/s a CPU core, "
         f"{quantity(GPU_FLOPS)}FLOP/s a GPU",
+        "study": "unknown: it is that of the jobs of their trials",
         None: "unknown: no such job has finished yet, and it has no FLOPs to count",
     }
-    unknown = list(dict.fromkeys(p.cell.name for p in members if p.duration is None))
-    more = f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else ""
-    named: dict[str | None, str] = {None: ", ".join(unknown[:NAMED]) + more}
-    return [f"time of {named.get(basis, count)}: {meaning[basis]}" for basis, count in used.items()]
+    return [
+        f"time of {count if basis in BASES else _named(members, basis)}: {meaning[basis]}"
+        for basis, count in used.items()
+    ]
+
+
+def _named(members: Iterable[Planned], study: str | None) -> str:
+    """Some jobs, or studies, of unknown duration."""
+    unknown = [p for p in members if p.duration is None and (p.study is None) == (study is None)]
+    names = list(dict.fromkeys(p.cell.name for p in unknown))
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 def resources(shape: Resources) -> str:

@@ -121,14 +121,23 @@ class Trials:
             found |= {field: written[-1]} if written else {}
         return found
 
-    def predicted(self, values: Mapping[str, Any]) -> dict[str, float]:
-        """What is known of a trial before it runs, by metric: of its first seed."""
+    def jobs(self, values: Mapping[str, Any]) -> dict[str, Parent]:
+        """The jobs of a trial's first seed by kind, without a number of the trial in their names.
+
+        Raises:
+            KvlabError: there can be no such trial.
+        """
         made: dict[str, Parent] = {}
         trial = placed(self._spec["trial"], values)
-        found: dict[str, float] = {}
         for kind in ordered(trial):
             self._cell("", kind, trial[kind], self._spec["arms"][0], made, checked=False)
-            own = KINDS[kind].predict(made[kind].spec, made[kind].parents)
+        return made
+
+    def predicted(self, values: Mapping[str, Any]) -> dict[str, float]:
+        """What is known of a trial before it runs, by metric: of its first seed."""
+        found: dict[str, float] = {}
+        for kind, job in self.jobs(values).items():
+            own = KINDS[kind].predict(job.spec, job.parents)
             found |= {
                 metric: float(value)
                 for metric, value in (

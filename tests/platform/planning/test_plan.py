@@ -232,6 +232,59 @@ def test_a_job_of_unknown_duration_is_named() -> None:
     assert "time of n0[seed=0], n1[seed=0], n2[seed=0] and 2 more: unknown" in said
 
 
+STUDY = """\
+  blocks:
+    search:
+      trial:
+        uptrain: {from: base, method: {block_transformer: {}}, tokens: 5k}
+        evaluate: {tokens: 5k}
+      space: {block_transformer.block_length: [2, 4, 8]}
+      objectives: [perplexity]
+      trials: 10
+  windows:
+    search:
+      trial:
+        train: {method: full_attention, tokens: 10k}
+        evaluate: {metrics: [divergence], apply: {sliding_window: {}}}
+      space: {sliding_window.window: {int: [8, 32]}}
+      objectives: [kl]
+      trials: 10
+"""
+
+
+def test_a_study_shows_its_jobs_and_what_they_come_to(url: str) -> None:
+    """From the smallest trial to the largest; jobs that all trials have in common count once."""
+    cells = planned(TEXT + STUDY, url)
+    blocks, windows = cells["blocks"].study, cells["windows"].study
+    assert blocks is not None
+    assert (blocks.trials, blocks.seeds, blocks.kinds) == (10, 2, ("uptrain", "evaluate"))
+    block = cells["block[seed=0]"].prediction
+    quality = cells["quality[of=block,seed=0]"].prediction
+    assert blocks.flops is not None
+    assert blocks.kv_bytes_per_token is not None
+    # Blocks of two are the dearest, and the cell `block` is one of those.
+    assert blocks.flops[1] == pytest.approx(20 * (block.flops + quality.flops), rel=0.02)  # type: ignore[operator]
+    assert blocks.flops[0] < 0.9 * blocks.flops[1]
+    assert blocks.kv_bytes_per_token[1] == quality.kv_bytes_per_token
+    assert blocks.kv_bytes_per_token[0] < 0.5 * blocks.kv_bytes_per_token[1]
+    trained = cells["base[seed=0]"].prediction.flops
+    twice = planned(TEXT + STUDY.replace("trials: 10", "trials: 20"), url)["windows"].study
+    assert windows is not None
+    assert twice is not None
+    for one, two in zip(windows.flops or (), twice.flops or (), strict=True):
+        assert 2 * one - two == pytest.approx(2 * trained)  # type: ignore[operator]
+    lines = shown(TEXT + STUDY).splitlines()
+    line = next(line for line in lines if line.startswith("blocks"))
+    assert "search, 10 x (uptrain, evaluate)" in line
+    low, high = (render.quantity(end) for end in blocks.flops)
+    assert f" {low}..{high} " in line
+    assert any(one.startswith("time of windows, blocks: unknown: it is") for one in lines)
+    graph = load_graph(TEXT + STUDY)
+    said = render.as_json(plan.make(graph, plan.Known()))["jobs"]
+    assert [job["name"] for job in said if job["study"]] == ["windows", "blocks"]
+    json.dumps(said)
+
+
 @pytest.mark.parametrize("width", [60, 100, 200])
 def test_names_are_whole_at_any_width(width: int) -> None:
     text = TEXT.replace("  block: {", "  block: {matrix: {uptrain.learning_rate: [1e-3, 2e-3]}, ")
