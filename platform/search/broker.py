@@ -10,7 +10,6 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvlab import KvlabError
-from kvlab.platform.search.importance import importances
 from kvlab.platform.search.proposals import MOST_LISTED, Proposal, Proposals
 from kvlab.platform.search.quality import non_dominated
 from kvlab.platform.search.rows import Direction, Point, Row, Source, State, accepted, losses
@@ -282,10 +281,6 @@ class Broker:
         rows = self._feasible()
         points = [losses(row.objectives, self.objectives) for row in rows]
         return [rows[index] for index in non_dominated(points)]
-
-    def importances(self) -> dict[str, dict[str, float]] | None:
-        """Return the dimensions' shares by objective; see `importance.importances`."""
-        return importances(self.rows(), self.space, self.objectives)
 
     def _feasible(self) -> list[Row]:
         return [row for row in self.rows() if row.feasible and row.source != "repeat"]

@@ -11,6 +11,7 @@ from kvlab import KvlabError
 from kvlab.platform.graph import Cell
 from kvlab.platform.search.broker import Broker
 from kvlab.platform.search.described import space_of
+from kvlab.platform.search.importance import importances
 from kvlab.platform.search.outcome import Done, Measured, excess, limit_text, measured
 from kvlab.platform.search.rows import Row
 from kvlab.platform.search.space import Space, Values
@@ -202,13 +203,13 @@ class Study:
         if not any(data["state"] == "complete" for data in rows):
             why = next((data["message"] for data in rows if data.get("message")), "none was begun")
             raise KvlabError(f"no trial was completed: {why}")
-        best = self._broker.best()
+        best, space = self._broker.best(), self._broker.space
         return {
             "trials": rows,
             "baseline": {name: one.to_dict() for name, one in (self._base or {}).items()},
             "best": None if best is None else best.number,
             "front": [row.number for row in self._broker.front()],
-            "importances": self._broker.importances(),
+            "importances": importances(self._broker.rows(), space, self.spec["objectives"]),
             "confirmed": self._confirmed,
             "ended": self._broker.ended or None,
             "pruned": None if self.watch is None else self._saving(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 import ray
@@ -14,6 +15,7 @@ from kvlab.platform.controller.local import local_ray
 from kvlab.platform.controller.pool import Pool
 from kvlab.platform.graph import Cell, Resources
 from kvlab.platform.home import Home
+from kvlab.platform.spec.read import load_graph
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +92,29 @@ def run(store, home, pool, submit):
         return outcome, {job.name: job for job in store.load(number).jobs}
 
     return go
+
+
+@pytest.fixture
+def run_text(store, home, pool):
+    """Run a workflow's text, or go on with one; return its outcome and what is stored of it."""
+
+    def submitted(text: str) -> int:
+        graph = load_graph(text, home=home.root)
+        jobs = [new_job(cell) for cell in graph.cells]
+        return store.create_workflow(graph.name, text, dict(graph.report), jobs, time.time())
+
+    def go(what: str | int):
+        number = what if isinstance(what, int) else submitted(what)
+        outcome = Controller(home, store, number, pool=pool).run()
+        return outcome, store.load(number)
+
+    return go
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> Path:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(60):
+        (folder / f"{i:02}.txt").write_text(f"Document {i} says {i * i}.\n" * 9)
+    return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
@@ -10,9 +9,6 @@ import pytest
 from kvlab.db.states import JobState, WorkflowState
 from kvlab.platform.compare.studies import read_studies
 from kvlab.platform.compare.study_words import remarks
-from kvlab.platform.controller.controller import Controller
-from kvlab.platform.controller.jobs import new_job
-from kvlab.platform.spec.read import load_graph
 
 pytestmark = pytest.mark.ray
 
@@ -40,27 +36,13 @@ jobs:
 """
 
 
-@pytest.fixture
-def run(store, home, pool):
-    """Run a workflow's text; return its outcome and what is stored of it."""
-
-    def go(text: str):
-        graph = load_graph(text, home=home.root)
-        jobs = [new_job(cell) for cell in graph.cells]
-        number = store.create_workflow(graph.name, text, dict(graph.report), jobs, time.time())
-        outcome = Controller(home, store, number, pool=pool).run()
-        return outcome, store.load(number)
-
-    return go
-
-
 def trials(workflow: Any, name: str) -> list[dict[str, Any]]:
     row = next(row for row in workflow.jobs if row.name == name)
     return [trial for trial in row.result["trials"] if trial["source"] != "repeat"]
 
 
-def test_the_best_points_of_a_study_are_the_first_of_the_next(run) -> None:
-    outcome, workflow = run(PROMOTED)
+def test_the_best_points_of_a_study_are_the_first_of_the_next(run_text) -> None:
+    outcome, workflow = run_text(PROMOTED)
     assert outcome.state is WorkflowState.DONE
     cheap = sorted(trial["values"]["noop.points"] for trial in trials(workflow, "cheap"))
     whole = trials(workflow, "whole")
@@ -69,8 +51,8 @@ def test_the_best_points_of_a_study_are_the_first_of_the_next(run) -> None:
     assert all("noop.checkpoints" in trial["values"] for trial in whole)
 
 
-def test_the_winner_runs_again_on_seeds_that_nobody_has_seen(run) -> None:
-    _, workflow = run(PROMOTED)
+def test_the_winner_runs_again_on_seeds_that_nobody_has_seen(run_text) -> None:
+    _, workflow = run_text(PROMOTED)
     row = next(row for row in workflow.jobs if row.name == "whole")
     confirmed = row.result["confirmed"]
     assert (confirmed["of"], confirmed["seeds"]) == (row.result["best"], [1, 2])

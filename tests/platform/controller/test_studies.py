@@ -14,13 +14,9 @@ from typing import Any
 
 import pytest
 
-from kvlab.db.states import Cause, JobState, WorkflowState
+from kvlab.db.states import JobState, WorkflowState
 from kvlab.db.store import Store
-from kvlab.platform.cli.export import published
 from kvlab.platform.controller import studies
-from kvlab.platform.controller.controller import Controller
-from kvlab.platform.controller.jobs import new_job
-from kvlab.platform.spec.read import load_graph
 
 pytestmark = pytest.mark.ray
 
@@ -44,31 +40,14 @@ def study(space: str = "{noop.points: {int: [1, 40]}}", trials: int = 6, sampler
     return STUDY.format(space=space, trials=trials, sampler=sampler)
 
 
-@pytest.fixture
-def run(store, home, pool):
-    """Run a workflow's text, or go on with one; return its outcome and what is stored of it."""
-
-    def submitted(text: str) -> int:
-        graph = load_graph(text, home=home.root)
-        jobs = [new_job(cell) for cell in graph.cells]
-        return store.create_workflow(graph.name, text, dict(graph.report), jobs, time.time())
-
-    def go(what: str | int):
-        number = what if isinstance(what, int) else submitted(what)
-        outcome = Controller(home, store, number, pool=pool).run()
-        return outcome, store.load(number)
-
-    return go
-
-
 def result(workflow: Any) -> dict[str, Any]:
     (row,) = [row for row in workflow.jobs if row.kind == "search"]
     assert row.result is not None
     return row.result
 
 
-def test_the_best_of_its_trials_is_found_and_each_is_a_job(run) -> None:
-    outcome, workflow = run(study(trials=8))
+def test_the_best_of_its_trials_is_found_and_each_is_a_job(run_text) -> None:
+    outcome, workflow = run_text(study(trials=8))
     assert outcome.state is WorkflowState.DONE
     found = result(workflow)
     handed = [trial for trial in found["trials"] if trial["source"] != "repeat"]
@@ -82,26 +61,28 @@ def test_the_best_of_its_trials_is_found_and_each_is_a_job(run) -> None:
     }
 
 
-def test_points_that_a_small_space_repeats_are_not_run_again(run) -> None:
-    _, workflow = run(study("{noop.points: [3, 5]}", trials=9))
+def test_points_that_a_small_space_repeats_are_not_run_again(run_text) -> None:
+    _, workflow = run_text(study("{noop.points: [3, 5]}", trials=9))
     found = result(workflow)
     assert sorted(row.spec["points"] for row in workflow.jobs if row.kind == "noop") == [3, 5]
     assert "all 2 feasible points are known" in found["ended"]
 
 
-def test_an_equal_trial_of_an_earlier_study_is_reused(run) -> None:
+def test_an_equal_trial_of_an_earlier_study_is_reused(run_text) -> None:
     space = "{noop.points: [3, 5]}"
-    run(study(space, trials=2))
-    _, again = run(study(space, trials=2).replace("parallel: 2", "parallel: 1"))
+    run_text(study(space, trials=2))
+    _, again = run_text(study(space, trials=2).replace("parallel: 2", "parallel: 1"))
     search = next(row for row in again.jobs if row.kind == "search")
     assert search.reused_from is not None  # the study itself: how many at once decides nothing
-    _, other = run(study(space, trials=2, sampler="tpe"))
+    _, other = run_text(study(space, trials=2, sampler="tpe"))
     noops = [row for row in other.jobs if row.kind == "noop"]
     assert [row.reused_from is not None for row in noops] == [True, True]
 
 
-def test_a_trial_that_fails_ends_no_study(run) -> None:
-    outcome, workflow = run(study("{noop.fail: [null, user, nan], noop.points: [2, 3]}", trials=6))
+def test_a_trial_that_fails_ends_no_study(run_text) -> None:
+    outcome, workflow = run_text(
+        study("{noop.fail: [null, user, nan], noop.points: [2, 3]}", trials=6)
+    )
     assert outcome.state is WorkflowState.DONE
     trials = [trial for trial in result(workflow)["trials"] if trial["source"] != "repeat"]
     states = Counter(trial["state"] for trial in trials)
@@ -110,8 +91,8 @@ def test_a_trial_that_fails_ends_no_study(run) -> None:
     assert all("noop[seed=0]" in trial["message"] for trial in failed)
 
 
-def test_a_study_without_a_complete_trial_fails(run) -> None:
-    outcome, workflow = run(study("{noop.fail: [user, nan]}", trials=2))
+def test_a_study_without_a_complete_trial_fails(run_text) -> None:
+    outcome, workflow = run_text(study("{noop.fail: [user, nan]}", trials=2))
     assert outcome.state is WorkflowState.FAILED
     search = next(row for row in workflow.jobs if row.kind == "search")
     assert search.message.startswith("no trial was completed: best/0/noop[seed=0]: ")
@@ -172,147 +153,6 @@ def test_a_killed_controller_loses_and_doubles_nothing(tmp_path: Path, seconds: 
     json.dumps(trials, allow_nan=False)
 
 
-LONGER = """
-version: 1
-name: longer
-seeds: [0, 1]
-model: {{width: 32, layers: 2, heads: 2, tie_embeddings: true}}
-data: {{source: {{folder: {text}}}, tokenizer: {{bytes: true}}, sequence_length: 32}}
-jobs:
-  base:
-    train: {{method: full_attention, tokens: 2k, batch_size: 4}}
-  best:
-    search:
-      trial:
-        uptrain: {{from: base, method: {{block_transformer: {{}}}}, tokens: 1k, batch_size: 4}}
-        evaluate: {{tokens: 500}}
-      space: {{block_transformer.block_length: [2, 4, 8]}}
-      objectives: {objectives}
-      constraints: {{perplexity: "<= 100 * base"}}
-      trials: 3
-      parallel: {parallel}
-  longer:
-    uptrain: {{from: best.best, tokens: 2k, batch_size: 4}}
-  quality:
-    evaluate: {{of: [longer, base], tokens: 500}}
-"""
-
-
-@pytest.fixture
-def documents(tmp_path: Path) -> Path:
-    folder = tmp_path / "text"
-    folder.mkdir()
-    for i in range(60):
-        (folder / f"{i:02}.txt").write_text(f"Document {i} says {i * i}.\n" * 9)
-    return folder
-
-
-def test_the_winner_is_trained_longer(run, home, documents: Path, monkeypatch) -> None:
-    """What it is shows when it is found; jobs below it are resolved against it, once for all."""
-    text = LONGER.format(text=documents, objectives="[train_flops]", parallel=2)
-    outcome, workflow = run(text)
-    assert outcome.state is WorkflowState.DONE
-    jobs = {row.name: row for row in workflow.jobs}
-    found = result(workflow)
-    # The longest blocks take the fewest FLOPs.
-    winner = next(trial for trial in found["trials"] if trial["number"] == found["best"])
-    assert winner["values"] == {"block_transformer.block_length": 8}
-    for seed in (0, 1):
-        longer = jobs[f"longer[seed={seed}]"]
-        assert longer.parents["from"] == f"best/{found['best']}/uptrain[seed={seed}]"
-        assert longer.spec["method"]["granularity"]["block_transformer"]["block_length"] == 8
-        assert "deferred" not in longer.spec
-        # Scored from where the winner can: not where the model that stood in for it could.
-        assert jobs[f"quality[of=base,seed={seed}]"].spec["first_target"] == 8
-    # `kvlab serve best` and `kvlab export best` take the winner.
-    monkeypatch.setenv("KVLAB_HOME", str(home.root))
-    assert published("best", "longer") == Path(
-        jobs[f"best/{found['best']}/uptrain[seed=0]"].artifact_uri
-    )
-    # Trials and baseline are scored on the same targets, wherever a trial's first block ends.
-    targets = {
-        row.result["targets"]["hash"] for row in workflow.jobs if row.job.endswith("/evaluate")
-    }
-    assert len(targets) == 1
-    assert found["baseline"]["perplexity"]["value"] > 1
-
-    _, again = run(text.replace("parallel: 2", "parallel: 1"))
-    assert {row.name: row.identity for row in again.jobs if "/" not in row.job} == {
-        row.name: row.identity for row in workflow.jobs if "/" not in row.job
-    }
-    assert not any(row.attempt for row in again.jobs)  # the study, and all below its winner
-
-
-def test_a_winner_that_later_jobs_cannot_take(run, documents: Path) -> None:
-    """The study keeps what it found; the job that cannot take it says why, and may try again."""
-    text = LONGER.format(text=documents, objectives="[train_flops]", parallel=2)
-    text = text.replace("of: [longer, base], tokens: 500", "of: longer, sequence_length: 12")
-    text = text.replace("[2, 4, 8]", "[2, 4, 16]") + "  after: {noop: {}, needs: [quality]}\n"
-    text += "  direct: {evaluate: {of: best.best, sequence_length: 12}}\n"
-    outcome, workflow = run(text)
-    assert outcome.state is WorkflowState.FAILED
-    jobs = {row.name: row for row in workflow.jobs}
-    assert jobs["best"].state is JobState.DONE
-    assert result(workflow)["best"] is not None
-    assert jobs["longer[seed=0]"].state is JobState.DONE
-    failed = jobs["quality[seed=0]"]
-    assert (failed.state, failed.cause) == (JobState.FAILED, Cause.USER_ERROR)
-    assert failed.message.startswith("evaluate.sequence_length: must be two or more blocks")
-    direct = jobs["direct[seed=1]"].message
-    winner = f"best/{result(workflow)['best']}/uptrain[seed=1]"
-    assert direct.startswith(f"it cannot build on best.best ({winner}): evaluate.sequence_length")
-    assert jobs["after[seed=0]"].state is JobState.SKIPPED
-    _, again = run(workflow.row.id)
-    retried = next(row for row in again.jobs if row.name == "quality[seed=0]")
-    assert (retried.state, retried.attempt, retried.message) == (
-        JobState.FAILED, 2, failed.message,
-    )  # fmt: skip
-
-
-def test_without_a_winner_what_builds_on_it_fails(run, documents: Path) -> None:
-    """The study is done, has its sheet, and is reused as it is."""
-    text = LONGER.format(text=documents, objectives="[train_flops]", parallel=2)
-    text = text.replace("<= 100 * base", "<= 0.5").replace("seeds: [0, 1]", "seeds: [0]")
-    for _ in range(2):
-        outcome, workflow = run(text)
-        assert outcome.state is WorkflowState.FAILED
-        jobs = {row.name: row for row in workflow.jobs}
-        assert (jobs["best"].state, jobs["best"].result["best"]) == (JobState.DONE, None)
-        assert jobs["longer[seed=0]"].state is JobState.FAILED
-        said = "no trial of best meets perplexity <= 0.5: there is no winner to go on from"
-        assert jobs["longer[seed=0]"].message == said
-        assert jobs["quality[of=longer,seed=0]"].state is JobState.SKIPPED
-        # Which tokens all models are scored on is not known without the one that is not there.
-        beside = jobs["quality[of=base,seed=0]"]
-        assert (beside.state, beside.message) == (JobState.FAILED, f"longer[seed=0]: {said}")
-    assert jobs["best"].reused_from is not None
-
-
-TWO = """
-  other:
-    search:
-      trial: {{evaluate: {{of: base, metrics: [divergence], apply: {{sliding_window: {{}}}}}}}}
-      space: {{sliding_window.window: [4, 8]}}
-      objectives: [kl]
-      trials: 2
-  both:
-    evaluate: {{of: [best.best, other.best], tokens: 500, apply: full_attention}}
-"""
-
-
-def test_a_job_may_wait_for_two_winners(run, documents: Path) -> None:
-    text = LONGER.format(text=documents, objectives="[train_flops]", parallel=2)
-    text = text[: text.index("  longer:")].replace("seeds: [0, 1]", "seeds: [0]")
-    outcome, workflow = run(text + TWO.format()[1:])
-    assert outcome.state is WorkflowState.DONE
-    jobs = {row.name: row for row in workflow.jobs}
-    best = jobs["best"].result["best"]
-    assert jobs["both[of=best,seed=0]"].parents["of"] == f"best/{best}/uptrain[seed=0]"
-    assert jobs["both[of=other,seed=0]"].parents["of"] == "base[seed=0]"
-    both = [jobs[f"both[of={one},seed=0]"] for one in ("best", "other")]
-    assert {row.spec["first_target"] for row in both} == {8}
-
-
 WINDOWS = """
 version: 1
 name: windows
@@ -331,8 +171,8 @@ jobs:
 """
 
 
-def test_what_trials_at_once_have_in_common_is_done_once(run, documents: Path) -> None:
-    outcome, workflow = run(WINDOWS.format(text=documents, tokens="2k", more="warmup: 0"))
+def test_what_trials_at_once_have_in_common_is_done_once(run_text, documents: Path) -> None:
+    outcome, workflow = run_text(WINDOWS.format(text=documents, tokens="2k", more="warmup: 0"))
     assert outcome.state is WorkflowState.DONE
     trained = [row for row in workflow.jobs if row.kind == "train"]
     (own,) = [row for row in trained if row.reused_from is None]
@@ -342,7 +182,7 @@ def test_what_trials_at_once_have_in_common_is_done_once(run, documents: Path) -
 
 
 @pytest.mark.parametrize("where", ["judge", "next", "result", "__init__"])
-def test_a_bug_ends_its_study_alone(run, home, monkeypatch, where) -> None:
+def test_a_bug_ends_its_study_alone(run_text, home, monkeypatch, where) -> None:
     from kvlab.platform.search.study import Study
 
     def broken(self: Study, *given: Any, **named: Any) -> Any:
@@ -354,7 +194,7 @@ def test_a_bug_ends_its_study_alone(run, home, monkeypatch, where) -> None:
     monkeypatch.setattr(Study, where, broken)
     text = study(trials=3)
     other = text[text.index("  best:") :].replace("  best:", "  other:")
-    outcome, workflow = run(text + other + "  after: {noop: {points: 77}}\n")
+    outcome, workflow = run_text(text + other + "  after: {noop: {points: 77}}\n")
     assert outcome.state is WorkflowState.FAILED
     jobs = {row.name: row for row in workflow.jobs}
     assert jobs["best"].state is JobState.FAILED
@@ -364,11 +204,11 @@ def test_a_bug_ends_its_study_alone(run, home, monkeypatch, where) -> None:
     assert log.startswith("Traceback")
     assert "test_studies.py" in log
     monkeypatch.undo()
-    resumed, workflow = run(workflow.row.id)
+    resumed, workflow = run_text(workflow.row.id)
     assert resumed.state is WorkflowState.DONE
 
 
-def test_what_the_sampler_breaks_on_ends_its_study(run, home, monkeypatch) -> None:
+def test_what_the_sampler_breaks_on_ends_its_study(run_text, home, monkeypatch) -> None:
     """The thread that asks it passes on what was raised there."""
     from kvlab.platform.search.proposals import Proposals
 
@@ -376,7 +216,7 @@ def test_what_the_sampler_breaks_on_ends_its_study(run, home, monkeypatch) -> No
         raise ZeroDivisionError("in the sampler")
 
     monkeypatch.setattr(Proposals, "ask", ask)
-    outcome, workflow = run(study() + "  after: {noop: {points: 77}}\n")
+    outcome, workflow = run_text(study() + "  after: {noop: {points: 77}}\n")
     assert outcome.state is WorkflowState.FAILED
     jobs = {row.name: row for row in workflow.jobs}
     assert jobs["best"].message == "ZeroDivisionError: in the sampler"
@@ -405,7 +245,7 @@ jobs:
 
 
 @pytest.mark.parametrize("objectives", ["[perplexity]", "[perplexity, kv_bytes_per_token]"])
-def test_what_learns_nothing_is_stopped(run, documents: Path, monkeypatch, objectives) -> None:
+def test_what_learns_nothing_is_stopped(run_text, documents: Path, monkeypatch, objectives) -> None:
     """Five trials end; of two more, which hardly learn, none does: their curves are above all."""
     monkeypatch.setattr(studies, "CURVE_SECONDS", 0.1)
     rates = [0.003, 0.004, 0.005, 0.006, 0.007, 1e-7, 2e-7]
@@ -416,7 +256,7 @@ def test_what_learns_nothing_is_stopped(run, documents: Path, monkeypatch, objec
             "      space",
             "        benchmark: {prompt: 8, generate: 4, batch: [1], repeats: 1}\n      space",
         )
-    outcome, workflow = run(text)
+    outcome, workflow = run_text(text)
     assert outcome.state is WorkflowState.DONE
     found = result(workflow)
     assert [trial["state"] for trial in found["trials"]] == ["complete"] * 5 + ["pruned"] * 2

@@ -18,6 +18,7 @@ from kvlab.platform.compare.build import compare
 from kvlab.platform.compare.model import Comparison
 from kvlab.platform.compare.table import draw
 from kvlab.platform.search.broker import Broker
+from kvlab.platform.search.importance import importances
 from kvlab.platform.search.outcome import Done, Measured, excess, limit_text, measured
 from kvlab.platform.search.rows import Row
 from kvlab.platform.search.space import Dimension, Space
@@ -107,7 +108,7 @@ class Search:
                 "baseline": {name: one.to_dict() for name, one in self.base.items()},
                 "best": None if best is None else best.number,
                 "front": [row.number for row in broker.front()],
-                "importances": broker.importances(),
+                "importances": importances(broker.rows(), broker.space, broker.objectives),
                 "ended": ended,
             }
         self.lab.outcomes[self.name] = result
