@@ -73,10 +73,12 @@ def make(graph: Graph, known: Known) -> Plan:
         parents[cell.name] = Parent(cell.name, cell.kind, cell.spec, above)
         prediction = KINDS[cell.kind].predict(cell.spec, above)
         key = (cell.kind, prediction, cell.resources)
-        if key not in durations:
-            durations[key] = known.history.predict(cell.kind, prediction, cell.resources)
-        state, why = _state(cell, known)
         study = cost_of(cell, parents) if cell.kind == "search" else None
+        if key not in durations:
+            durations[key] = (  # what another study took says nothing of this one's trials
+                None if study else known.history.predict(cell.kind, prediction, cell.resources)
+            )
+        state, why = _state(cell, known)
         planned.append(Planned(cell, state, why, prediction, durations[key], study))
     return Plan(graph, tuple(planned))
 

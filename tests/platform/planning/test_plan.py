@@ -285,6 +285,15 @@ def test_a_study_shows_its_jobs_and_what_they_come_to(url: str) -> None:
     json.dumps(said)
 
 
+def test_the_time_of_another_study_says_nothing_of_this_one() -> None:
+    known = plan.Known(history=History(seen={"search": [(0.0, 2.6)]}))
+    cells = {one.cell.name: one for one in plan.make(load_graph(TEXT + STUDY), known).cells}
+    assert cells["blocks"].duration is None
+    assert cells["windows"].duration is None
+    said = shown(TEXT + STUDY, known)
+    assert "time of windows, blocks: unknown: it is that of the jobs of their trials" in said
+
+
 @pytest.mark.parametrize("width", [60, 100, 200])
 def test_names_are_whole_at_any_width(width: int) -> None:
     text = TEXT.replace("  block: {", "  block: {matrix: {uptrain.learning_rate: [1e-3, 2e-3]}, ")
