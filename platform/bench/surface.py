@@ -165,7 +165,8 @@ def from_cheap(surface: Surface, seed: int) -> float:
             broker.tell(point.number, surface.estimate(dict(point.values)))
         trials = [asdict(row) for row in broker.rows()]
     first = promoted(trials, surface.objectives, surface.space, PROMOTED)
-    return _whole(Search(surface, CHEAP * CHEAP_TRIALS), seed, first).cost
+    # Other points than the cheap ones: as a study that goes on from another one draws them.
+    return _whole(Search(surface, CHEAP * CHEAP_TRIALS), seed + SEEDS, first).cost
 
 
 def _whole(search: Search, seed: int, first: Sequence[Values] = ()) -> Search:

@@ -105,6 +105,7 @@ class Study:
         pruned: training steps that trials did not make as they were stopped, "steps" out of "of";
             None: nothing was to be pruned.
         confirmed: the best trial again; None: that was not asked for.
+        promoted: points of an earlier study that were tried first; None: there was none.
     """
 
     id: str
@@ -125,6 +126,7 @@ class Study:
     progress: Progress
     pruned: Mapping[str, Any] | None = None
     confirmed: Confirmed | None = None
+    promoted: int | None = None
 
     @property
     def run(self) -> list[Trial]:
@@ -213,6 +215,7 @@ def _read(row: JobRow, result: Mapping[str, Any], by_name: Mapping[str, JobRow])
         ended=result.get("ended"),
         progress=_progress([t for t in trials if t.same_as is None], objectives),
         pruned=result.get("pruned"),
+        promoted=result.get("promoted"),
         confirmed=_confirmed(result.get("confirmed")),
     )
 

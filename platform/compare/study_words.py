@@ -58,6 +58,9 @@ def studies_in_words(studies: Sequence[Study]) -> list[str]:
 def remarks(study: Study) -> tuple[str, ...]:
     """What a reader of a study's table must know beside it, a line each."""
     found = [*_winner(study), *_importances(study), *_volume(study)]
+    if study.promoted is not None:
+        points = "1 point was" if study.promoted == 1 else f"{study.promoted or 'no'} points were"
+        found.append(f"{points} promoted from the earlier study.".capitalize())
     if study.ended:
         found.append(f"It ended early: {study.ended}.")
     if study.pruned and study.pruned["trials"]:

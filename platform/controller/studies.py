@@ -29,6 +29,7 @@ from kvlab.platform.graph import Cell
 from kvlab.platform.home import Home
 from kvlab.platform.jobs import KINDS
 from kvlab.platform.search.rows import TRIAL
+from kvlab.platform.search.trials import FROM
 from kvlab.platform.search.watch import POINT
 from kvlab.platform.spec.deferred import DEFERRED
 from kvlab.platform.worker.causes import classify
@@ -198,7 +199,11 @@ class Studies:
 
         row = self._jobs[job]
         past = self._past.setdefault(job, {})
-        study = Study(row.spec, trials_of(row, self._jobs), past, first_points(row, self._jobs))
+        first = first_points(row, self._jobs)
+        study = Study(row.spec, trials_of(row, self._jobs), past, first)
+        if FROM in row.parents:
+            said = f"{len(first)} of {row.spec['promote']} points promoted from {row.parents[FROM]}"
+            self._jobs.tell(job, attempt, JobState.RUNNING, note=said)
         active = self._active[job] = Active(row, attempt, study)
         for number, data in past.items():
             of_it = list(self._of_trial(row.name, number))

@@ -13,6 +13,7 @@ from kvlab.platform.jobs import KINDS
 from kvlab.platform.jobs.kind import Parent, Prediction
 from kvlab.platform.planning.history import NEWEST, Duration, History
 from kvlab.platform.planning.studies import StudyCost, cost_of
+from kvlab.platform.spec.deferred import DEFERRED
 from kvlab.platform.spec.identity import changed, explain
 
 State = Literal["reusable", "stale", "to run"]
@@ -84,6 +85,8 @@ def make(graph: Graph, known: Known) -> Plan:
 
 
 def _state(cell: Cell, known: Known) -> tuple[State, str]:
+    if DEFERRED in cell.spec:
+        return "to run", "what exactly, a search decides: it may be reusable then"
     if cell.identity in known.finished:
         return "reusable", ""
     before = known.previous.get(cell.name)

@@ -12,7 +12,7 @@ from kvlab.platform.jobs import KINDS
 from kvlab.platform.jobs.kind import Parent, Prediction
 from kvlab.platform.search.described import corners, space_of
 from kvlab.platform.search.space import Space
-from kvlab.platform.search.trials import Trials, ordered
+from kvlab.platform.search.trials import Trials, fresh_seeds, ordered
 
 Range = tuple[float, float]
 """The least and the most."""
@@ -23,20 +23,23 @@ class StudyCost:
     """Ranges are over the corners of the space: the ends of every range, and every choice.
 
     Attributes:
-        trials, seeds: how many, and of each trial. kinds: of the jobs of a trial and seed.
+        trials, seeds: how many, and of each trial. again: seeds that confirm the winner.
+        kinds: of the jobs of a trial and seed.
         flops: of all its jobs; one that all trials have in common counts once.
         parameters, kv_bytes_per_token: of a trial's model. None: unknown.
     """
 
     trials: int
     seeds: int
+    again: int
     kinds: tuple[str, ...]
     flops: Range | None
     parameters: Range | None
     kv_bytes_per_token: Range | None
 
     def __str__(self) -> str:
-        return f"{self.trials} x ({', '.join(self.kinds)})"
+        again = f" + {self.again} again" if self.again else ""
+        return f"{self.trials} x ({', '.join(self.kinds)}){again}"
 
 
 def cost_of(cell: Cell, outside: Mapping[str, Parent]) -> StudyCost:
@@ -52,24 +55,25 @@ def cost_of(cell: Cell, outside: Mapping[str, Parent]) -> StudyCost:
         for trial in found
     ]
     varied = {kind for trial in found for kind, job in trial.items() if job != found[0][kind]}
-    seeds = len(spec["arms"])
+    seeds, again = len(spec["arms"]), fresh_seeds(spec)
     return StudyCost(
         spec["trials"],
         seeds,
+        again,
         tuple(ordered(spec["trial"])),
-        _range(_flops(trial, varied, spec["trials"], seeds) for trial in costs),
+        _range(_flops(trial, varied, spec["trials"], seeds, again) for trial in costs),
         _range(_last([one.parameters for one in trial.values()]) for trial in costs),
         _range(_last([one.kv_bytes_per_token for one in trial.values()]) for trial in costs),
     )
 
 
 def _flops(
-    trial: Mapping[str, Prediction], varied: Container[str], trials: int, seeds: int
+    trial: Mapping[str, Prediction], varied: Container[str], trials: int, seeds: int, again: int
 ) -> float | None:
     """What all trials would come to, were they like this one."""
     known = {kind: one.flops for kind, one in trial.items() if one.flops is not None}
     total = sum(flops * (trials if kind in varied else 1) for kind, flops in known.items())
-    return total * seeds if known else None
+    return total * seeds + again * sum(known.values()) if known else None
 
 
 def _last(values: Iterable[float | None]) -> float | None:

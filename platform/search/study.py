@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
+from zlib import crc32
 
 from kvlab import KvlabError
 from kvlab.platform.graph import Cell
@@ -15,7 +16,7 @@ from kvlab.platform.search.importance import importances
 from kvlab.platform.search.outcome import Done, Measured, excess, limit_text, measured
 from kvlab.platform.search.rows import Row
 from kvlab.platform.search.space import Space, Values
-from kvlab.platform.search.trials import BASELINE, CONFIRM, Trials, text_of
+from kvlab.platform.search.trials import BASELINE, CONFIRM, FROM, Trials, text_of
 from kvlab.platform.search.watch import Watch, saving
 
 HOPELESS = 10
@@ -63,6 +64,7 @@ class Study:
         metrics = (*spec["objectives"], *(limit["metric"] for limit in spec["constraints"]))
         self._metrics = list(dict.fromkeys(metrics))
         self._told = {number: dict(data) for number, data in past.items()}
+        self._first = len(first)
         self.watch = None
         if spec["pruner"] != "none":
             self.watch = Watch(spec["pruner"], spec["objectives"])
@@ -79,7 +81,7 @@ class Study:
             spec["objectives"],
             spec["trials"],
             sampler=spec["sampler"],
-            seed=spec["seed"],
+            seed=_seed(spec),
             ahead=spec["parallel"],
             constraints=list(self._limits),
         )
@@ -211,6 +213,7 @@ class Study:
             "front": [row.number for row in self._broker.front()],
             "importances": importances(self._broker.rows(), space, self.spec["objectives"]),
             "confirmed": self._confirmed,
+            "promoted": self._first if self.spec["promote"] else None,
             "ended": self._broker.ended or None,
             "pruned": None if self.watch is None else self._saving(),
         }
@@ -223,7 +226,7 @@ class Study:
     def _again(self) -> Try:
         best = self._broker.best()
         assert best is not None
-        cells = self.trials.again(best.values, self.spec["confirm"])
+        cells = self.trials.again(best.values)
         self._confirmed = {
             "number": CONFIRM,
             "of": best.number,
@@ -289,6 +292,13 @@ class Study:
     def _baseline(self, limit: Mapping[str, Any]) -> float | None:
         assert self._base is not None
         return self._base[limit["metric"]].value if limit["of_baseline"] else None
+
+
+def _seed(spec: Mapping[str, Any]) -> int:
+    """The sampler's; a study that goes on from another one draws other points than that did."""
+    earlier = spec["arms"][0]["parents"].get(FROM)
+    seed: int = spec["seed"]
+    return seed if earlier is None else crc32(f"{seed} after {earlier}".encode())
 
 
 def _words(objectives: Mapping[str, float], values: Mapping[str, Any]) -> str:

@@ -87,11 +87,12 @@ class Trials:
         """
         return self._made(str(number), placed(self._spec["trial"], values), self._spec["arms"])
 
-    def again(self, values: Mapping[str, Any], times: int) -> list[Cell]:
-        """Return the jobs of a trial on so many seeds that the study has not seen."""
+    def again(self, values: Mapping[str, Any]) -> list[Cell]:
+        """Return the jobs of a trial on seeds that the study has not seen."""
         arms = self._spec["arms"]
         first = max(arm["seed"] or 0 for arm in arms) + 1
-        fresh = [{**arms[n % len(arms)], "seed": first + n} for n in range(times)]
+        count = fresh_seeds(self._spec)
+        fresh = [{**arms[n % len(arms)], "seed": first + n} for n in range(count)]
         return self._made(CONFIRM, placed(self._spec["trial"], values), fresh)
 
     def model(self, number: str, values: Mapping[str, Any], arm: Mapping[str, Any]) -> Parent:
@@ -282,6 +283,12 @@ class Trials:
             return "", {}
         above = {role: self._identities[parent.name] for role, parent in parents.items()}
         return identity_of(name, spec, above, resources, self._spec["machine"])
+
+
+def fresh_seeds(spec: Mapping[str, Any]) -> int:
+    """On how many seeds the winner runs again: as many for each seed of the study."""
+    seeds = len(spec["arms"])
+    return -(-int(spec["confirm"]) // seeds) * seeds
 
 
 def ordered(trial: Mapping[str, Any]) -> list[str]:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 Direction = Literal["minimize", "maximize"]
 BOUND = re.compile(r"\s*(<=|>=)\s*([-+0-9.eE]+)\s*(?:\*\s*([A-Za-z_][\w-]*))?\s*")
+PROMOTED = 10
+"""Points of an earlier search that are tried first, if nothing is said."""
 PLACES = {
     "evaluate": {
         "perplexity": "quality", "loss_by_position": "quality", "divergence": "divergence",
@@ -111,7 +113,7 @@ class SearchSettings(Settings):
     constraints: dict[str, str] = {}  # noqa: RUF012
     baseline: One | None = None
     from_: One | None = Field(default=None, alias="from")
-    promote: int = Field(default=10, ge=1, le=10_000)
+    promote: int | None = Field(default=None, ge=1, le=10_000)
     start: Annotated[tuple[dict[str, Any], ...], Field(strict=False)] = ()
     trials: int = Field(default=30, ge=1, le=10_000)
     parallel: int = Field(default=2, ge=1, le=1_000)
@@ -142,6 +144,12 @@ class SearchSettings(Settings):
         if self.sampler not in SAMPLERS:
             problems.append((("sampler",), f"unknown sampler: {suggest(self.sampler, SAMPLERS)}"))
         problems += self._pruner_problems()
+        if self.promote is not None and self.from_ is None:
+            said = "says how many points of another search: name that under `from`, or leave it out"
+            problems.append((("promote",), said))
+        if self.confirm and not any(KINDS[kind].produces_model for kind in self.trial):
+            said = "no job of the trial trains anything: on another seed it would find the same"
+            problems.append((("confirm",), said))
         for kind, settings in self.trial.items():
             for role in KINDS[kind].references:
                 value = getattr(settings, role, None)
@@ -257,7 +265,7 @@ class Search(Kind):
             "pruner": settings.pruner,
             "seed": settings.seed,
             "start": [dict(point) for point in settings.start],
-            "promote": settings.promote,
+            "promote": settings.promote or (PROMOTED if settings.from_ else None),
             "confirm": settings.confirm,
             "model": dict(around.model),
             "data": {k: v for k, v in around.data.items() if k not in ("contents", "folder")},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,7 +33,6 @@ jobs:
       objectives: {noop.points: maximize}
       trials: 4
       sampler: random
-      confirm: 2
 """
 
 
@@ -49,25 +49,50 @@ def test_the_best_points_of_a_study_are_the_first_of_the_next(run_text) -> None:
     assert [trial["values"]["noop.points"] for trial in whole[:2]] == cheap[:2]
     assert [trial["source"] for trial in whole] == ["enqueued"] * 2 + ["sampler"] * 2
     assert all("noop.checkpoints" in trial["values"] for trial in whole)
-
-
-def test_the_winner_runs_again_on_seeds_that_nobody_has_seen(run_text) -> None:
-    _, workflow = run_text(PROMOTED)
-    row = next(row for row in workflow.jobs if row.name == "whole")
-    confirmed = row.result["confirmed"]
-    assert (confirmed["of"], confirmed["seeds"]) == (row.result["best"], [1, 2])
-    again = [job for job in workflow.jobs if job.job == "whole/confirm/noop"]
-    assert [(job.axes["seed"], job.state) for job in again] == [
-        (1, JobState.DONE),
-        (2, JobState.DONE),
-    ]
-    best = next(t for t in row.result["trials"] if t["number"] == row.result["best"])
-    assert {job.spec["points"] for job in again} == {best["values"]["noop.points"]}
-    assert set(confirmed["measured"]["noop.points"]["seeds"]) == {"1", "2"}
+    # Both draw at random from one seed, and yet not the same points.
+    drawn = [trial["values"]["noop.points"] for trial in trials(workflow, "cheap")]
+    assert [trial["values"]["noop.points"] for trial in whole[2:]] != drawn[:2]
     study = next(study for study in read_studies(workflow.jobs) if study.id == "whole")
-    said = [line for line in remarks(study) if "fresh seeds" in line]
-    points = float(best["values"]["noop.points"])
-    assert said == [
-        f"Trial {best['number']} again, on 2 fresh seeds: noop.points {points} "
-        f"(95 % interval {points} to {points}), as in its trial."
+    assert "2 points were promoted from the earlier study." in remarks(study)
+
+
+CONFIRMED = """
+version: 1
+name: confirmed
+seeds: [0, 1]
+model: {{width: 32, layers: 2, heads: 2, tie_embeddings: true}}
+data: {{source: {{folder: {text}}}, tokenizer: {{bytes: true}}, sequence_length: 32}}
+jobs:
+  rates:
+    search:
+      trial:
+        train: {{method: full_attention, tokens: 1k, batch_size: 4}}
+        evaluate: {{tokens: 500}}
+      space: {{train.learning_rate: [0.0003, 0.01]}}
+      objectives: [perplexity]
+      sampler: grid
+      trials: 2
+      confirm: 3
+"""
+
+
+def test_the_winner_runs_again_on_seeds_that_nobody_has_seen(run_text, documents: Path) -> None:
+    _, workflow = run_text(CONFIRMED.format(text=documents))
+    row = next(row for row in workflow.jobs if row.name == "rates")
+    confirmed = row.result["confirmed"]
+    best = next(t for t in row.result["trials"] if t["number"] == row.result["best"])
+    # As many for each of the study's two seeds: three would favour the first.
+    assert (confirmed["of"], confirmed["seeds"]) == (best["number"], [2, 3, 4, 5])
+    again = [job for job in workflow.jobs if job.job == "rates/confirm/train"]
+    assert [(job.axes["seed"], job.state) for job in again] == [
+        (seed, JobState.DONE) for seed in confirmed["seeds"]
     ]
+    rate = best["values"]["train.learning_rate"]
+    assert {job.spec["learning_rate"] for job in again} == {rate}
+    numbers = confirmed["measured"]["perplexity"]["seeds"]
+    assert list(numbers) == ["2", "3", "4", "5"]
+    assert not set(numbers.values()) & set(best["measured"]["perplexity"]["seeds"].values())
+    study = next(study for study in read_studies(workflow.jobs) if study.id == "rates")
+    (said,) = [line for line in remarks(study) if "fresh seeds" in line]
+    assert said.startswith(f"Trial {best['number']} again, on 4 fresh seeds: perplexity ")
+    assert not any("expect it to be worse" in line for line in remarks(study))
