@@ -87,7 +87,7 @@ def widen(x: tl.tensor, DTYPE: tl.constexpr, FLOAT8: tl.constexpr) -> tl.tensor:
         bits = x.to(tl.uint16)
         bits = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
         x = bits.to(tl.float16, bitcast=True)
-    return x.to(DTYPE)
+    return x if x.dtype == DTYPE else x.to(tl.float32).to(DTYPE)
 
 
 @triton.jit
