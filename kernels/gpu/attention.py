@@ -191,7 +191,7 @@ def _turn(stored: Stored, batch: int, kv_heads: int, keys: int) -> tuple[Any, ..
     if turn is None:
         return None
     at = _each(turn.positions, batch, kv_heads, keys)
-    return at, turn.cos.contiguous(), turn.sin.contiguous(), turn.cos.shape[1], len(turn.cos)
+    return *at, turn.cos.contiguous(), turn.sin.contiguous(), turn.cos.shape[1], len(turn.cos)
 
 
 def _check(

@@ -128,9 +128,9 @@ def load_keys(
     """Keys as `load_rows` gives them, rotated to where they stand if they are kept unrotated."""
     x = load_rows(k, sample, head, stored, live, D, BLOCK_D, DTYPE, FLOAT8)
     if turn is not None:
-        at, cos, sin, HALF, count = turn
+        at, at_sample, at_head, at_row, cos, sin, HALF, count = turn
         first, by_sample, by_head, by_row = k
-        place = standing(at, sample, head, rows, live)
+        place = standing((at, at_sample, at_head, at_row), sample, head, rows, live)
         d = tl.arange(0, BLOCK_D)
         low = d < HALF
         other = tl.where(low, d + HALF, d - HALF)
