@@ -18,6 +18,8 @@ from kvlab.kernels.stored import Stored
 
 MOST_PARTS = 64
 """Programs that may share a query's keys."""
+WEIGHED = 64
+"""Query rows of a tile for the mass."""
 PLAIN = Stored()
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 CODES = (torch.int8, torch.uint8, FLOAT8)
@@ -103,14 +105,14 @@ class _Shape:
     def __init__(self, group: int, rows: int, dim: int, size: int, turned: bool) -> None:
         wide = max(16, triton.next_power_of_2(dim)) * size  # bytes of a row
         most = (128 if wide <= 256 else 64) if size < 4 else max(16, 8192 // wide)
-        self.group = min(triton.next_power_of_2(group), most)
+        self.group = min(triton.next_power_of_2(group), most, WEIGHED)
         self.groups = -(-group // self.group)
         height = min(most, max(16, triton.next_power_of_2(self.group * rows)))
         self.tokens = height // self.group
         self.keys = max(16, min(128, (8192 if turned else 16384) // wide))
         self.tiles = -(-rows // self.tokens) * self.groups
         self.warps = 8 if height == 128 else 4
-        self.weighed = min(height, 64)
+        self.weighed = min(height, WEIGHED)
 
 
 def _forward(

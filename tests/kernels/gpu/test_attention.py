@@ -41,6 +41,7 @@ CASES = [
     Case((2, 2), (70, 40), (16, 8), torch.float16),
     Case((5, 1), (33, 50), (64, 64)),
     Case((48, 1), (1, 40), (128, 128), parts=2, batch=1),
+    Case((71, 1), (1, 20), (32, 32), torch.bfloat16, batch=1),
     Case((8, 2), (130, 150), (128, 128), torch.bfloat16, batch=1),
 ]
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
