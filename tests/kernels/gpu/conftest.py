@@ -18,7 +18,7 @@ def _named(*packages: str) -> list[str]:
     return [n for n in sys.modules if any(n == p or n.startswith(f"{p}.") for p in packages)]
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)  # without __init__.py a package is the session
 def device() -> Iterator[torch.device]:
     """Without CUDA kernels are interpreted, for these tests alone.
 
