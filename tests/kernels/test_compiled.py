@@ -1,0 +1,92 @@
+"""Every launch of the Triton kernels compiles for a Hopper GPU; none is needed for that.
+
+The interpreter runs what the compiler refuses. Whether the machine code is right, only a GPU says.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+TYPES = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
+
+
+class Compiles:
+    """Stands for a kernel: compiles where it is launched, as a launch would."""
+
+    def __init__(self, kernel: Any, compiled: list[str]) -> None:
+        self.kernel, self.compiled = kernel, compiled
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return self.launch
+
+    def launch(self, *args: Any, **named: Any) -> None:
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        options = {n: named.pop(n) for n in ("num_warps", "num_stages") if n in named}
+        given = inspect.signature(self.kernel.fn).bind(*args, **named).arguments
+        signature, constants, attributes = {}, {}, {}
+        for place, (name, value) in enumerate(given.items()):
+            constant = self.kernel.params[place].is_constexpr or value is None or value is True
+            if constant or (isinstance(value, int) and value == 1):
+                signature[name], constants[name] = "constexpr", value
+                continue
+            signature[name] = _type(value)
+            start = value.data_ptr() if isinstance(value, Tensor) else value
+            if isinstance(start, int) and start % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        self.compiled.append(self.kernel.__name__)
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[ModuleType], list[str]]:
+    """Replace a module's kernels; return the list that names what was compiled."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    def replace(module: ModuleType) -> list[str]:
+        found: list[str] = []
+        for name, value in vars(module).items():
+            if isinstance(value, triton.runtime.JITFunction) and name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Compiles(value, found))
+        return found
+
+    return replace
+
+
+def test_cosine(compiled: Callable[[ModuleType], list[str]]) -> None:
+    from kvlab.kernels.gpu import cosine
+
+    found = compiled(cosine)
+    x, valid = torch.ones(2, 3, 4096).bfloat16(), torch.ones(2, 3, dtype=torch.bool)
+    cosine.residual_cosine(x, x)
+    cosine.add_with_cosine(x, x, valid)
+    cosine.add_with_cosine(x[..., ::3], x.double()[..., ::3])
+    assert found == ["_cosine_kernel"] * 2 + ["_mean_kernel"] + ["_cosine_kernel", "_mean_kernel"]
