@@ -90,3 +90,23 @@ def test_cosine(compiled: Callable[[ModuleType], list[str]]) -> None:
     cosine.add_with_cosine(x, x, valid)
     cosine.add_with_cosine(x[..., ::3], x.double()[..., ::3])
     assert found == ["_cosine_kernel"] * 2 + ["_mean_kernel"] + ["_cosine_kernel", "_mean_kernel"]
+
+
+def test_evict(compiled: Callable[[ModuleType], list[str]]) -> None:
+    from kvlab.kernels.evict import Stays
+    from kvlab.kernels.gpu import evict
+
+    found = compiled(evict)
+    numbers = torch.full((3,), 5)
+    cache, row = torch.zeros(3, 2, 5000, 128).bfloat16(), torch.zeros(3, 2, 1, 128).bfloat16()
+    positions = torch.zeros(3, 2, 5000, dtype=torch.long)
+    scores, mass = torch.zeros(3, 2, 5000), torch.zeros(3, 8, 4000)
+    stays = Stays(numbers, 4, 2048, numbers)
+    evict.evict_and_write(
+        cache, cache, row, row, positions, numbers, stays, scores=scores, mass=mass
+    )
+    evict.evict_and_write(cache, cache, row, row, positions[:, :1], numbers, Stays())
+    evict.evict(positions[:, :1].int(), numbers.int(), Stays(), known=torch.zeros(3, 9000))
+    slots = torch.zeros(3, 1, 1, dtype=torch.long)
+    evict.write(cache, cache, row, row, slots)
+    assert found == ["_evict_kernel"] * 3 + ["_write_kernel"]

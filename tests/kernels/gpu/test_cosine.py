@@ -84,9 +84,7 @@ def test_streams_of_two_dtypes_and_of_any_strides(device: torch.device) -> None:
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
 
 
-def test_every_number_of_the_answer_is_written(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_number_of_the_answer_is_written(device: torch.device) -> None:
     from kvlab.kernels.gpu import cosine
 
     def poisoned(size: tuple[int, ...], **how: Any) -> Tensor:
@@ -94,9 +92,9 @@ def test_every_number_of_the_answer_is_written(
 
     before, delta = streams(device, 3, 7, 65, dtype=torch.float32)
     valid = torch.ones(3, 7, dtype=torch.bool, device=device)
-    monkeypatch.setattr(cosine.torch, "empty", poisoned)
-    found = cosine.add_with_cosine(before, delta, valid)
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cosine.torch, "empty", poisoned)
+        found = cosine.add_with_cosine(before, delta, valid)
     assert not any(part.isnan().any() for part in found)
 
 
