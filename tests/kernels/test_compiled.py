@@ -110,3 +110,14 @@ def test_evict(compiled: Callable[[ModuleType], list[str]]) -> None:
     slots = torch.zeros(3, 1, 1, dtype=torch.long)
     evict.write(cache, cache, row, row, slots)
     assert found == ["_evict_kernel"] * 3 + ["_write_kernel"]
+
+
+def test_tokens(compiled: Callable[[ModuleType], list[str]]) -> None:
+    from kvlab.kernels.gpu import tokens
+
+    found = compiled(tokens)
+    for rows, dim, dtype in ((6, 64, torch.bfloat16), (128, 256, torch.bfloat16)):
+        q, k = torch.ones(1000, 8, 1, dim, dtype=dtype), torch.ones(1000, 1, rows, dim, dtype=dtype)
+        tokens.attend_block(q, k, k, torch.ones(1000, dtype=torch.long))
+    tokens.attend_block(q[..., :32].float(), k[:, :, :3, :32].float(), k[:, :, :3, :32].float())
+    assert found == ["_block_kernel"] * 3
