@@ -12,13 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kvlab.kernels.evict import Stays, refuse, refuse_rows
+from kvlab.kernels.gpu.ordered import INF, LOWEST, MINUS_INF, ordered
 
-INF = tl.constexpr(0x7F800000)
-"""`_ordered` of infinity: what stays. Ages are below it."""
-LOWEST = tl.constexpr(-0x7F800000)
-"""`_ordered` of the lowest finite number: what no later query reads."""
-FREE = tl.constexpr(-0x7F800001)
-"""`_ordered` of minus infinity: a slot that holds nothing."""
 TILE = 4096
 """Most slots that a program looks at at a time."""
 
@@ -139,14 +134,6 @@ def _row_strides(cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor) -> list
 
 
 @triton.jit
-def _ordered(x):
-    """Integers in the order of float32 numbers; NaN is the least."""
-    x = tl.where(x == x, x + 0.0, float("-inf"))  # -0 becomes 0, which it equals
-    bits = x.to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-@triton.jit
 def _copy(
     from_ptr, to_ptr, heads, there, slot, from_head, from_column, to_head, to_row, to_column,
     REPEAT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
@@ -200,13 +187,13 @@ def _evict_kernel(
                     mass_at += mass_head
                 score += grown
                 tl.store(score_at, score, mask=slot < seen)
-            rank = _ordered(score)
+            rank = ordered(score)
         elif KNOWN:
             there = (place >= 0) & (place < reach)
             found = tl.load(ranks_ptr + place * ranks_slot, mask=there, other=0.0)
-            rank = _ordered(found)
+            rank = ordered(found)
         else:
-            rank = place.to(tl.int32)
+            rank = place.to(tl.int32)  # below INF
         stays = place < sinks
         if RECENT:
             recent = tl.load(recent_ptr + sample * recent_sample).to(tl.int64)
@@ -214,7 +201,7 @@ def _evict_kernel(
         rank = tl.where(stays, INF, rank)
         if WINDOW:
             rank = tl.where(place <= newest - window, LOWEST, rank)
-        rank = tl.where(place < 0, FREE, rank)
+        rank = tl.where(place < 0, MINUS_INF, rank)
         if USABLE:
             usable = tl.load(usable_ptr + sample * usable_sample).to(tl.int64)
             rank = tl.where(slot < usable, rank, INF)

@@ -121,3 +121,33 @@ def test_tokens(compiled: Callable[[ModuleType], list[str]]) -> None:
         tokens.attend_block(q, k, k, torch.ones(1000, dtype=torch.long))
     tokens.attend_block(q[..., :32].float(), k[:, :, :3, :32].float(), k[:, :, :3, :32].float())
     assert found == ["_block_kernel"] * 3
+
+
+def test_select(compiled: Callable[[ModuleType], list[str]]) -> None:
+    from kvlab.kernels.gpu import select
+
+    found = compiled(select)
+    select.best(torch.zeros(2, 5000), 40, budgets=torch.zeros(2, dtype=torch.long))
+    select.best(torch.zeros(2, 100)[:, ::2], 40, above=0.5)
+    numbers = torch.zeros(2, 300, dtype=torch.long)
+    select.beside(numbers[:, :9], numbers, numbers[:, :8])
+    assert found == ["_best_kernel"] * 2 + ["_beside_kernel"]
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_adore(compiled: Callable[[ModuleType], list[str]], count: int) -> None:
+    from kvlab.kernels.adore import Cell, Head
+    from kvlab.kernels.gpu import adore
+
+    found = compiled(adore)
+    h, m, layers = 64, 32, count
+    map_of = torch.zeros(layers * m, h), torch.zeros(layers * m)
+    inner, address = (torch.zeros(h, h), torch.zeros(h)), (torch.zeros(m, h), torch.zeros(m))
+    cell = Cell(torch.zeros(3 * h, h), torch.zeros(3 * h), *inner, *address, *map_of)
+    places = torch.zeros(64, h), torch.zeros(63, dtype=torch.long)
+    head = Head(torch.zeros(layers, h), torch.zeros(layers), *places)
+    memory, newest = torch.zeros(count, 99, h + m).bfloat16(), torch.zeros(count, dtype=torch.long)
+    query = adore.advance(cell, torch.zeros(count, 3 * h), torch.zeros(count, h), memory, newest)
+    adore.score(head, memory, query, newest, 99)
+    adore.score(Head(*head[:2]), memory, query, newest, torch.zeros(count, 1, dtype=torch.long))
+    assert found == ["_advance_kernel"] + ["_score_kernel"] * 2
