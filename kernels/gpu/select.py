@@ -108,7 +108,7 @@ def _best_kernel(
         among = equal + tl.cumsum(ties, 0) <= wanted
         takes = ((bits > last) | ((ties > 0) & among)).to(tl.int32)
         place = taken + tl.cumsum(takes, 0) - 1
-        tl.store(out_ptr + place, number.to(tl.int64), mask=takes > 0)
+        tl.store(out_ptr + place, number.to(tl.int64), mask=(takes > 0) & (place < most))
         taken += tl.sum(takes, 0).to(tl.int64)
         equal += tl.sum(ties, 0).to(tl.int64)
     for start in range(0, most, BLOCK):

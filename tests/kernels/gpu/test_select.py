@@ -70,8 +70,9 @@ def test_rows_beside_those_of_a_layer(
 ) -> None:
     from kvlab.kernels.gpu.select import beside
 
-    numbers = torch.rand(3, slots + extra + rows).argsort(-1)
-    held, others, queries = numbers.split((slots, extra, rows), dim=1)
+    numbers = torch.rand(3, slots + extra).argsort(-1)
+    held, others = numbers.split((slots, extra), dim=1)
+    queries = torch.randint(slots + extra, (3, rows))
     if slots and extra:
         others = torch.cat((held[:, -1:], others[:, 1:]), 1)
         held = held.masked_fill(torch.rand(held.shape) < 0.2, EMPTY)
