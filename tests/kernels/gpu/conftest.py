@@ -1,4 +1,8 @@
-"""The device of these tests: CUDA's, or the CPU with kernels run by Triton's interpreter."""
+"""The device of these tests: CUDA's, or the CPU with kernels run by Triton's interpreter.
+
+What a kernel is, is settled when it and Triton's own library are imported. So interpreted ones have
+copies of both, which stand in `sys.modules` while a test of this folder runs, and at no other time.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import importlib
 import random
 import sys
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,33 +19,38 @@ import torch
 KERNELS = "kvlab.kernels.gpu"
 
 
-def _named(*packages: str) -> list[str]:
-    return [n for n in sys.modules if any(n == p or n.startswith(f"{p}.") for p in packages)]
+def _taken() -> dict[str, ModuleType]:
+    """Take triton and our kernels out of what is imported; return them.
 
-
-@pytest.fixture(scope="package", autouse=True)
-def device() -> Iterator[torch.device]:
-    """Without CUDA kernels are interpreted, for these tests alone.
-
-    What a kernel is, is settled when it and Triton's own library are imported: these tests have
-    copies of both, and other tests of this process find theirs as they left them.
+    But for triton's C library, which a process can load once only.
     """
+    ours = [n for n in sys.modules if n.startswith((KERNELS, "triton.")) or n == "triton"]
+    return {n: sys.modules.pop(n) for n in ours if not n.startswith("triton._C")}
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> dict[str, ModuleType]:
+    """The copies; they take up what tests import."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def device(
+    interpreted: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[torch.device]:
+    """Import what is in `kvlab.kernels.gpu` within tests alone."""
     if torch.cuda.is_available():
         yield torch.device("cuda")
         return
+    before = _taken()
+    sys.modules.update(interpreted)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     importlib.import_module("triton.language")
-    kept = {name: sys.modules[name] for name in _named("triton", KERNELS)}
-    for name in kept:
-        if not name.startswith("triton._C"):  # compiled code cannot be loaded twice
-            del sys.modules[name]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        importlib.import_module("triton.language")
+    if not interpreted:
         _mend(importlib.import_module("triton.runtime.interpreter"))
-        yield torch.device("cpu")
-    for name in _named("triton", KERNELS):
-        del sys.modules[name]
-    sys.modules.update(kept)
+    yield torch.device("cpu")
+    interpreted.update(_taken())
+    sys.modules.update(before)
 
 
 def _mend(interpreter: Any) -> None:
@@ -61,8 +71,9 @@ def _mend(interpreter: Any) -> None:
 
 @pytest.fixture
 def seed() -> int:
-    """Seed torch afresh in every run; pytest shows the number with a failure."""
+    """Seed torch and random afresh in every run; pytest shows the number with a failure."""
     number = random.randrange(2**31)
     print(f"seed {number}")
     torch.manual_seed(number)
+    random.seed(number)
     return number
