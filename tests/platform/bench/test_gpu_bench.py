@@ -20,7 +20,6 @@ from kvlab.kernels import choice
 from kvlab.kernels.attention import attend
 from kvlab.platform.bench import __main__ as command
 from kvlab.platform.bench import page
-from kvlab.platform.bench.clock import Clock
 from kvlab.platform.bench.kernels import blocks, cosine, decode, eviction, prefill, stored
 from kvlab.platform.bench.kernels.case import Bench, Case, apart, poisoned
 from kvlab.platform.bench.line import Line
@@ -39,6 +38,15 @@ class Absent(MetaPathFinder):
             raise ImportError(name + " is not installed here")
 
 sys.meta_path.insert(0, Absent())
+"""
+EVERY = """
+from kvlab.platform.bench import __main__ as command
+
+for name in command.wanted("kernels,papers", gpu=True)[0]:
+    lines = list(command.measure(name, False))
+    assert lines, name
+    assert all(not line.void for line in lines), lines
+    print(name)
 """
 ABSENT = {
     "ray", "pydantic", "mlflow", "optuna", "transformers", "tokenizers", "safetensors", "vllm",
@@ -168,15 +176,6 @@ def test_the_grid_begins_at_its_most_telling_corner() -> None:
     assert found[0] == (32, 4096)
     assert set(found[:3]) == {(32, 4096), (32, 64), (128, 4096)}
     assert len(found) == len(set(found)) == 6
-
-
-def test_a_clock_without_a_gpu_says_so() -> None:
-    clock = Clock("cpu")
-    timing = clock.time(lambda: sum(range(1000)))
-    assert timing.way == "clock"
-    assert timing.seconds > 0
-    assert clock.copy_rate() > 0
-    assert clock.product_rate() > 0
 
 
 def test_twins_can_be_chosen_and_every_dispatch_asks() -> None:
@@ -309,21 +308,32 @@ def test_a_bench_that_fails_on_its_way_keeps_its_lines(
 
 def test_kernels_and_papers_need_little_but_torch(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(BLOCKER.replace("{absent}", repr(ABSENT)))
+    (tmp_path / "every.py").write_text(EVERY)
     written, told = tmp_path / "bench.json", tmp_path / "kernels.md"
-    script = [sys.executable, "-m", "kvlab.platform.bench", "--only", "kernels,papers"]
-    path = os.pathsep.join([str(tmp_path), str(REPOSITORY / "src")])
-    done = subprocess.run(
-        [*script, "--json", str(written), "--page", str(told)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=240,
+
+    def run(*words: str) -> str:
+        path = os.pathsep.join([str(tmp_path), str(REPOSITORY / "src")])
+        done = subprocess.run(
+            [sys.executable, *words],
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    measured = run("every.py").splitlines()
+    assert sorted(measured) == sorted(
+        name for name in command.ON_GPU if name.startswith(("kernels.", "papers."))
     )
-    assert done.returncode == 0, done.stderr
+    table = run(
+        *("-m", "kvlab.platform.bench", "--only", "kernels.eviction,papers.adore"),
+        *("--json", str(written), "--page", str(told)),
+    )
     found = json.loads(written.read_text())
     assert found["failed"] == []
-    assert len(found["lines"]) > 30
     assert all(not line["void"] for line in found["lines"])
-    assert "no safetensors here" in done.stdout  # so the finder was in force
+    assert "no safetensors here" in table  # so the finder was in force
     assert "## Papers" in told.read_text()
