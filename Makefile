@@ -76,6 +76,7 @@ lint: $(READY)
 bench: $(BENCH_READY) $(KVPRESS_READY)
 	$(BIN)/python -m kvlab.platform.bench --json bench.json $(ARGS)
 
+# What ARGS asks for is not the whole run, which alone writes the page.
 bench-gpu: $(BENCH_READY)
 	$(BIN)/python -m kvlab.platform.bench --gpu --json bench-gpu.json \
 	  $(if $(ARGS),$(ARGS),--page docs/results/kernels.md)

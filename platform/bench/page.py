@@ -24,8 +24,10 @@ and written) of the same run. Targets: 85 % of that copy for decode attention at
 where the traffic is more than the L2 cache, and never slower than the twin beyond the interval.
 
 A model's throughput is generated tokens over prefill and generation, at the largest batch that
-fits, with random weights. A step is timed in the middle of the generation, eight of them in one
-CUDA graph; both sides without a graph where one of them cannot be captured."""
+fits, with random weights. The prefill is timed once. A step is timed in the middle of the
+generation, since what it takes grows in a straight line: eight of them in one CUDA graph, both
+sides without where one cannot be captured. A full cache gets there by random rows, one that evicts
+by turns of text."""
 EXPECTED = """\
 Not measured yet: no GPU was at hand.
 

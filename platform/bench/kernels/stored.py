@@ -154,6 +154,8 @@ def exact(q: Tensor, k: Tensor, v: Tensor, stored: Stored, at: list[int]) -> lis
             None if x is None else x[at].float() for x in (stored.k_scale, stored.v_scale)
         )
         turned = None if turn is None else Turn(turn.positions[at], turn.cos, turn.sin)
+        if k.dtype == FLOAT8:
+            k, v = k.view(torch.uint8), v.view(torch.uint8)
         k, v, own = k[at], v[at], Stored(k_scale, v_scale, turn=turned)
         if k.dtype == q.dtype:
             k, v = k.float(), v.float()

@@ -31,8 +31,8 @@ def run(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Lin
     with tempfile.TemporaryDirectory() as folder:
         scores = scorer(config, Path(folder))
         who = "a controller" if "controller" in scores else "attention (no safetensors here)"
-        for work in WORKLOADS[kind]:
-            for rebuilt in REBUILT:
+        for rebuilt in REBUILT:
+            for work in WORKLOADS[kind]:
                 applied = {
                     "adore": {**scores, "rebuild": rebuilt},
                     "uniform": {"tokens": KEPT[kind]},

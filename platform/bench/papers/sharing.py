@@ -10,7 +10,7 @@ from kvlab.methods.decoder.config import DecoderConfig, llama
 from kvlab.platform.bench.line import Line
 from kvlab.platform.bench.papers.side import Pair, Side, Workload
 
-LAYOUTS = ("pizza_bottom", "sandwich_top", "sandwich_middle", "lasagna_bottom")
+LAYOUTS = ("pizza_bottom", "lasagna_bottom", "sandwich_middle", "sandwich_top")
 PAPER = "in figures alone"
 WORKLOADS = {"cuda": (Workload(5, 2043), Workload(512, 1024)), "cpu": (Workload(12, 32),)}
 

@@ -22,9 +22,10 @@ from torch import Tensor
 from kvlab import KvlabError
 from kvlab.kernels.choice import torch_only
 from kvlab.methods.build import build
+from kvlab.methods.cache.slots import SlotCache
 from kvlab.methods.cost import cost_of
 from kvlab.methods.decoder.config import DecoderConfig
-from kvlab.methods.decoder.language_model import TokenModel
+from kvlab.methods.decoder.language_model import TokenSession
 from kvlab.methods.model import LanguageModel, Session
 from kvlab.methods.registry import resolve
 from kvlab.platform.bench.clock import capture
@@ -38,8 +39,10 @@ USED = 0.9
 SMALLER = 0.8
 """A batch that did not fit is tried again at this share."""
 TRIES = 8
-ROWS_AT_ONCE = 1 << 14
+ROWS_AT_ONCE = 1 << 15
 """Rows of a turn with which a context is filled up."""
+WARM_ROWS = 1 << 16
+"""Rows of a prefill that only warms up."""
 ON_CPU = 2
 """The batch where there is no device memory to fill."""
 
@@ -154,9 +157,13 @@ class Pair:
 def made(side: Side, device: torch.device, dtype: torch.dtype) -> LanguageModel:
     """A fresh model, its random weights drawn on the device."""
     torch.manual_seed(0)
-    with device:
-        model = build(side.config, resolve(side.trained))
-    return model.to(dtype).eval()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # no copy in float32 first
+    try:
+        with device:
+            return build(side.config, resolve(side.trained)).eval()
+    finally:
+        torch.set_default_dtype(before)
 
 
 def throughput(
@@ -206,15 +213,23 @@ def once(
         torch.OutOfMemoryError: it does not fit.
     """
     apply = resolve(side.applied)
-    vocabulary = side.config.vocab_size
-    prompts = torch.randint(vocabulary, (batch, work.prompt), device=device)
+    prompts = torch.randint(side.config.vocab_size, (batch, work.prompt), device=device)
 
-    def prefill() -> float:
-        return _timed(lambda: model.start(prompts, new_tokens=work.generate, apply=apply), device)
+    def start(samples: int = batch) -> Session:
+        return model.start(prompts[:samples], new_tokens=work.generate, apply=apply)
 
-    prefill()  # compiles
-    prefilled = prefill()
-    session = midway(model, prompts, work, apply, vocabulary)
+    start(min(batch, max(1, WARM_ROWS // work.prompt)))  # compiles
+    _settle(device)
+    begun = perf_counter()
+    session = start()
+    _settle(device)
+    prefilled = perf_counter() - begun
+    if isinstance(session, TokenSession):
+        advance(session, prompts, work.generate // 2)
+    else:
+        del session  # it takes one token at a time: a longer prompt brings it to the middle
+        longer = repeated(prompts, work.prompt + work.generate // 2)
+        session = model.start(longer, new_tokens=-(-work.generate // 2), apply=apply)
     go_on(session)
     eager = _timed(lambda: go_on(session), device) / STEPS
     held = session.kv_bytes()
@@ -222,26 +237,35 @@ def once(
     return Throughput(batch, work.generate, prefilled, held, eager, replayed, why)
 
 
-def midway(
-    model: LanguageModel, prompts: Tensor, work: Workload, apply: Any, vocabulary: int
-) -> Session:
-    """A session in the middle of its generation.
+def advance(session: TokenSession, prompts: Tensor, rows: int) -> None:
+    """Bring a session so many tokens on, without its logits.
 
-    The context is filled up by turns, so that no pass is larger than it has to be; a model whose
-    sessions take one token at a time gets a longer prompt instead.
+    A cache that keeps all gets random rows, since time does not depend on what they say. One that
+    chooses is given turns made of the prompts [B, T].
     """
-    batch, missing = len(prompts), work.generate // 2
-    left = work.generate - missing
-    if not isinstance(model, TokenModel):
-        more = torch.randint(vocabulary, (batch, missing), device=prompts.device)
-        return model.start(torch.cat((prompts, more), 1), new_tokens=left, apply=apply)
-    session = model.start(prompts, new_tokens=work.generate, apply=apply)
-    each = max(1, ROWS_AT_ONCE // batch)
-    for begun in range(0, missing, each):
-        rows = min(each, missing - begun)
-        turn = torch.randint(vocabulary, (batch, rows), device=prompts.device)
-        session.extend(turn)
-    return session
+    cache = session._cache
+    if isinstance(cache, SlotCache):
+        state = cache.state()
+        seen = int(state["seen"][0])
+        tables = [t for name, t in state.items() if name.startswith("positions.")]
+        if all(table.shape[1] >= seen + rows for table in tables):
+            for name, tensor in state.items():
+                if tensor.is_floating_point():
+                    tensor[:, :, seen : seen + rows].normal_()
+                elif name.startswith("positions."):
+                    places = torch.arange(seen, seen + rows, device=tensor.device)
+                    tensor[:, seen : seen + rows] = places
+            cache.restore({**state, "seen": torch.tensor([seen + rows, 0])})
+            session._next = session._next + rows
+            return
+    each = max(1, ROWS_AT_ONCE // len(prompts))
+    for begun in range(0, rows, each):
+        session.extend(repeated(prompts, min(each, rows - begun)))
+
+
+def repeated(prompts: Tensor, tokens: int) -> Tensor:
+    """The prompts [B, T] again and again, so many tokens of them [B, n]."""
+    return prompts.repeat(1, -(-tokens // prompts.shape[1]))[:, :tokens]
 
 
 def go_on(session: Session) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 import kvlab.kernels
 from kvlab.kernels import choice
 from kvlab.kernels.attention import attend
+from kvlab.methods.decoder.language_model import TokenModel
 from kvlab.platform.bench import __main__ as command
 from kvlab.platform.bench import page
 from kvlab.platform.bench.kernels import blocks, cosine, decode, eviction, prefill, stored
@@ -192,7 +193,7 @@ def test_twins_can_be_chosen_and_every_dispatch_asks() -> None:
     assert asking == ["choice.py"]  # elsewhere `fused` decides, or `torch_only` would not hold
 
 
-class Bounded(side.TokenModel):
+class Bounded(TokenModel):
     """Fits a batch of three at most."""
 
     def start(self, ids: Tensor, *given: Any, **more: Any) -> Any:
@@ -209,8 +210,33 @@ def test_a_batch_that_does_not_fit_is_made_smaller(monkeypatch: pytest.MonkeyPat
     found = side.throughput(model, own, work, torch.device("cpu"))
     assert found.batch == 3
     assert found.kv_bytes >= 3 * 48 * 4 * 2 * 2 * 8 * 4  # batch, rows, layers, k and v, heads
-    monkeypatch.setattr(Bounded, "start", side.TokenModel.start)
+    monkeypatch.setattr(Bounded, "start", TokenModel.start)
     assert side.throughput(model, own, work, torch.device("cpu")).batch == 8
+
+
+@pytest.mark.parametrize("applied", [{}, {"h2o": {}, "uniform": {"tokens": 12}}])
+def test_a_session_is_brought_on_as_if_it_had_read(applied: dict[str, Any]) -> None:
+    config = squeeze.mistral("cpu")
+    model = side.made(side.Side("full", config), torch.device("cpu"), torch.float32)
+    prompts = torch.randint(config.vocab_size, (2, 9))
+    more = {"new_tokens": 40, "apply": side.resolve(applied)}
+    with torch.inference_mode():
+        brought, read = (model.start(prompts, **more) for _ in range(2))
+        side.advance(brought, prompts, 13)
+        read.extend(torch.cat((prompts, prompts[:, :4]), 1))
+        for session in (brought, read):
+            side.go_on(session)
+    ours, theirs = brought._cache.state(), read._cache.state()
+    assert ours.keys() == theirs.keys()
+    assert ours["seen"][0] == theirs["seen"][0]  # after a turn a full cache expects padding
+    assert torch.equal(brought._next, read._next)
+    places = [name for name in ours if "positions" in name]
+    assert places
+    for name in places:
+        held = [(state[name] >= 0).sum(-1) for state in (ours, theirs)]
+        assert torch.equal(*held)
+        if not applied:
+            assert torch.equal(ours[name], theirs[name])
 
 
 def test_a_paper_whose_side_fails_is_void(monkeypatch: pytest.MonkeyPatch) -> None:
