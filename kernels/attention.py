@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvlab.kernels.choice import fused
 from kvlab.kernels.precision import working_dtype
 
 EMPTY = -1
@@ -122,7 +123,7 @@ def _fusible(
     each: bool,
 ) -> bool:
     """Whether our kernels can answer: without gradients, from positions, in the dtype as it is."""
-    if not q.is_cuda or each:
+    if not fused(q) or each:
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return False

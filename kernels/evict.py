@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvlab.kernels.attention import EMPTY
+from kvlab.kernels.choice import fused
 
 
 class Stays(NamedTuple):
@@ -58,7 +59,7 @@ def evict(
         ValueError: shapes, dtypes or devices that do not go together.
     """
     refuse(positions, newest, stays, scores, mass, known)
-    if positions.is_cuda:
+    if fused(positions):
         from kvlab.kernels.gpu import evict as gpu
 
         return gpu.evict(positions, newest, stays, scores=scores, mass=mass, known=known)
@@ -97,7 +98,7 @@ def evict_and_write(
     """
     refuse(positions, newest, stays, scores, mass, known)
     refuse_rows(cache_k, cache_v, k, v, positions)
-    if positions.is_cuda:
+    if fused(positions):
         from kvlab.kernels.gpu import evict as gpu
 
         return gpu.evict_and_write(
@@ -112,7 +113,7 @@ def evict_and_write(
 def write(cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
     """Write one new row into slots [B, H or 1, 1]; see `evict_and_write`."""
     refuse_rows(cache_k, cache_v, k, v, slots)
-    if slots.is_cuda:
+    if fused(slots):
         from kvlab.kernels.gpu import evict as gpu
 
         gpu.write(cache_k, cache_v, k, v, slots)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvlab.kernels.choice import fused
+
 EPS = 1e-8
 """The least norm a row is divided by, as in torch's cosine_similarity."""
 ALONE = (1 << 15) - 1
@@ -38,7 +40,7 @@ def residual_cosine(before: Tensor, after: Tensor) -> Tensor:
     Args:
         before, after: [B, T, W] of one dtype, the stream around a layer's attention.
     """
-    if before.is_cuda:
+    if fused(before):
         from kvlab.kernels.gpu import cosine as gpu
 
         return gpu.residual_cosine(before, after)
@@ -72,7 +74,7 @@ def add_with_cosine(before: Tensor, delta: Tensor, valid: Tensor | None = None) 
     """
     refuse_streams("delta", before, delta)
     refuse_valid(before, valid)
-    if before.is_cuda:
+    if fused(before):
         from kvlab.kernels.gpu import cosine as gpu
 
         return gpu.add_with_cosine(before, delta, valid)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvlab.kernels.attention import CAUSAL, EMPTY, Rule, attend
+from kvlab.kernels.choice import fused
 from kvlab.kernels.quantise import FLOAT8, from_float8
 
 
@@ -70,7 +71,7 @@ def attend_stored(
     Raises:
         ValueError: on CUDA, an argument does not fit the others.
     """
-    if q.is_cuda:
+    if fused(q):
         from kvlab.kernels.gpu.attention import attend as attend_fused
 
         return attend_fused(q, k, v, q_positions, k_positions, rule, mass_rows, stored)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvlab.kernels.attention import EMPTY, attend
+from kvlab.kernels.choice import fused
 
 MOST_ROWS = 128
 """Rows of a block: more are the work of attention over a cache."""
@@ -30,7 +31,7 @@ def attend_block(q: Tensor, k: Tensor, v: Tensor, held: Tensor | None = None) ->
             or more than 256 numbers in one.
     """
     refuse(q, k, v, held)
-    if q.is_cuda:
+    if fused(q):
         from kvlab.kernels.gpu import tokens as gpu
 
         return gpu.attend_block(q, k, v, held)
