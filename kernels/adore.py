@@ -63,7 +63,7 @@ def advance(cell: Cell, came: Tensor, state: Tensor, memory: Tensor, newest: Ten
         ValueError: shapes, dtypes or devices that do not go together.
     """
     refuse_cell(cell, came, state, memory, newest)
-    if came.is_cuda:
+    if fused(came):
         from kvlab.kernels.gpu import adore as gpu
 
         return gpu.advance(cell, came, state, memory, newest)
@@ -97,7 +97,7 @@ def score(
         ValueError: shapes, dtypes or devices that do not go together.
     """
     refuse_head(head, memory, query, newest, positions)
-    if memory.is_cuda:
+    if fused(memory):
         from kvlab.kernels.gpu import adore as gpu
 
         return gpu.score(head, memory, query, newest, positions)

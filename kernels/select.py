@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvlab.kernels.attention import CAUSAL, EMPTY
+from kvlab.kernels.choice import fused
 
 INTEGERS = (torch.int32, torch.int64)
 
@@ -26,7 +27,7 @@ def best(
         ValueError: shapes, dtypes or devices that do not go together.
     """
     refuse_scores(scores, most, budgets)
-    if scores.is_cuda:
+    if fused(scores):
         from kvlab.kernels.gpu import select as gpu
 
         return gpu.best(scores, most, above=above, budgets=budgets)
@@ -59,7 +60,7 @@ def beside(q_positions: Tensor, held: Tensor, others: Tensor) -> tuple[Tensor, T
         ValueError: shapes, dtypes or devices that do not go together.
     """
     refuse_positions(q_positions, held, others)
-    if held.is_cuda:
+    if fused(held):
         from kvlab.kernels.gpu import select as gpu
 
         return gpu.beside(q_positions, held, others)
