@@ -87,7 +87,7 @@ class Surface:
     def volume(self, numbers: Sequence[Mapping[str, float]]) -> float:
         """The hypervolume of so many points, in the box of the surface."""
         points = [losses(one, self.objectives) for one in numbers]
-        scaled = normalised(points, *self._box)
+        scaled = normalised(points, *self._box) if points else ()
         return hypervolume(scaled, (REFERENCE,) * len(self.objectives))
 
     @cached_property
