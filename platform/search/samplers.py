@@ -18,8 +18,8 @@ SAMPLERS = ("tpe", "nsga2", "gp", "random", "grid", "qmc", "cma-es")
 _ALSO_NEEDS = {"gp": ("scipy", "torch"), "qmc": ("scipy",), "cma-es": ("cmaes",)}
 """Packages beside Optuna's own requirements."""
 _UNCONDITIONAL = ("gp", "qmc", "cma-es")
-"""They draw a dimension that some points lack at random, whatever was learnt. So does nsga2, whose
-selection still acts on it."""
+"""They draw a dimension that some points lack at random, whatever was learnt. So does nsga2, which
+breeds the others."""
 
 
 def check(name: str, space: Space, objectives: int) -> None:
@@ -46,6 +46,12 @@ def check(name: str, space: Space, objectives: int) -> None:
         raise KvlabError(
             f"sampler: {name} cannot search {_named(conditional)}, which some points lack: choose "
             "tpe, nsga2 or random"
+        )
+    shared = [dimension.path for dimension in space.dimensions if dimension.when is None]
+    if name == "nsga2" and len(shared) < 2:
+        raise KvlabError(
+            f"sampler: nsga2 breeds what all points have, and of one dimension, here "
+            f"{_named(shared)}, it mutates every child: that is random search: choose tpe"
         )
     if name == "grid":
         endless = [dimension.path for dimension in space.dimensions if dimension.count is None]

@@ -66,6 +66,8 @@ def test_cma_es_closes_in_on_the_best() -> None:
         ("cma-es", CONDITIONAL, 1, "sampler: cma-es cannot search p, which some points lack"),
         ("cma-es", Space([METHOD, FLOAT]), 1, "sampler: cma-es cannot search method, which is no"),
         ("cma-es", Space([FLOAT]), 1, "sampler: cma-es needs two dimensions or more"),
+        ("nsga2", Space([METHOD, P]), 2, "sampler: nsga2 breeds what all points have, and of one"),
+        ("nsga2", Space([FLOAT]), 1, "sampler: nsga2 breeds what all points have, and of one"),
         ("cma-es", NUMBERS, 2, "sampler: cma-es has one objective, found 2"),
     ],
 )
