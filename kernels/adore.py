@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvlab.kernels.choice import fused
+
 INTEGERS = (torch.int32, torch.int64)
 
 
