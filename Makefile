@@ -29,7 +29,7 @@ help:
 	@echo "make faults     kill workers, controllers and drivers at 20 random instants each"
 	@echo "make lint       ruff, mypy, import-linter"
 	@echo "make bench      kvlab beside Ray Tune, MLflow, transformers and kvpress, in one run"
-	@echo "make bench-gpu  the measurements that need a GPU"
+	@echo "make bench-gpu  kernels and papers on a GPU, in ten minutes, into docs/results/kernels.md"
 	@echo "make clean      remove both environments and caches; results in .kvlab stay"
 
 setup: $(READY)
@@ -76,8 +76,10 @@ lint: $(READY)
 bench: $(BENCH_READY) $(KVPRESS_READY)
 	$(BIN)/python -m kvlab.platform.bench --json bench.json $(ARGS)
 
+# What ARGS asks for is not the whole run, which alone writes the page.
 bench-gpu: $(BENCH_READY)
-	$(BIN)/python -m kvlab.platform.bench --gpu --json bench-gpu.json $(ARGS)
+	$(BIN)/python -m kvlab.platform.bench --gpu --json bench-gpu.json \
+	  $(if $(ARGS),$(ARGS),--page docs/results/kernels.md)
 
 # Makes constraints-cpu.txt anew, in an environment of its own, with every extra that has pins.
 lock:

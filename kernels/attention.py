@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvlab.kernels.choice import fused
+from kvlab.kernels.precision import working_dtype
+
 EMPTY = -1
 """The position of a row that holds nothing: padding, or a cache slot not yet written."""
 
@@ -90,6 +93,11 @@ def attend(
     rows = q.shape[2]
     packed = q_positions is None and k_positions is None and mask is None
     causal = packed and rule.is_causal(rows)
+    plain = mass_rows is None and (causal or (packed and rule.is_causal(rows, by=1)))
+    if not plain and _fusible(q, k, v, q_positions, k_positions, mask, each):
+        from kvlab.kernels.gpu.attention import attend as attend_fused
+
+        return attend_fused(q, k, v, q_positions, k_positions, rule, mass_rows)
     if packed and mass_rows is None and rule.is_causal(rows, by=1):
         # Row t reads what row t - 1 of an ordinary causal pass reads, and row 0 nothing.
         out, _ = attend(q[:, :, 1:], k[:, :, :-1], v[:, :, :-1], None, None)
@@ -103,6 +111,28 @@ def attend(
     if mass_rows is None:
         return _attend(q, k, v, mask, causal), None
     return _attend_seen(q, k, v, mask, causal, range(rows)[mass_rows], each)
+
+
+def _fusible(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_positions: Tensor | None,
+    k_positions: Tensor | None,
+    mask: Tensor | None,
+    each: bool,
+) -> bool:
+    """Whether our kernels can answer: without gradients, from positions, in the dtype as it is."""
+    if not fused(q) or each:
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return False
+    if mask is not None and k_positions is None:
+        return False
+    dtype = working_dtype(q)
+    return dtype in (torch.float32, torch.bfloat16, torch.float16) and all(
+        x.dtype == dtype and x.shape[-1] <= 256 for x in (q, k, v)
+    )
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:

@@ -1,0 +1,226 @@
+"""A decode step's eviction: the row that ranks lowest gives its slot to the new one. Plain torch.
+
+Positions are looked at as integers here, so ages are exact beyond 2^24 tokens too.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvlab.kernels.attention import EMPTY
+from kvlab.kernels.choice import fused
+
+
+class Stays(NamedTuple):
+    """Which slots a step may not take, or takes first.
+
+    recent: [B] integer: so many of the newest past rows stay whatever they rank; None: none.
+    sinks: rows at positions below it stay.
+    window: rows that stand so far or farther behind the new one leave first, whatever else holds:
+        no later query can read them. None: all can be read.
+    usable: [B] integer, slots of each sample that may be taken; None: all.
+    """
+
+    recent: Tensor | None = None
+    sinks: int = 0
+    window: int | None = None
+    usable: Tensor | None = None
+
+
+def evict(
+    positions: Tensor,
+    newest: Tensor,
+    stays: Stays,
+    *,
+    scores: Tensor | None = None,
+    mass: Tensor | None = None,
+    known: Tensor | None = None,
+) -> Tensor:
+    """Take the slot of the row that ranks lowest for a new row; return it [..., B, H or 1, 1].
+
+    A free slot is taken first; among equals, the first. Rows rank by their score, by what is known
+    of their position, or by age. In place: scores grow by the mass, whose query heads are added up;
+    then the slot stands at the new row's position, with a score of 0.
+
+    Args:
+        positions: [..., B, H or 1, C] integer, EMPTY in free slots; a leading dimension is that of
+            KV layers.
+        newest: [B] integer, the new rows' positions.
+        stays: what does not leave.
+        scores: like positions, float32; None: rows rank by what is known, or by age.
+        mass: [B, H_q, S], attention that the first S slots received since the last step; H_q is a
+            multiple of H. Of one layer alone, beside scores.
+        known: [..., B, P] float32, what a row at each position scores; not beside scores.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not go together.
+    """
+    refuse(positions, newest, stays, scores, mass, known)
+    if fused(positions):
+        from kvlab.kernels.gpu import evict as gpu
+
+        return gpu.evict(positions, newest, stays, scores=scores, mass=mass, known=known)
+    if scores is not None and mass is not None:
+        scores[..., : mass.shape[2]] += torch.unflatten(mass, 1, (scores.shape[1], -1)).sum(2)
+    slots = _ranks(positions, newest[:, None, None], stays, scores, known).argmin(-1, keepdim=True)
+    positions.scatter_(-1, slots, newest[:, None, None].to(positions.dtype).expand(slots.shape))
+    if scores is not None:
+        scores.scatter_(-1, slots, 0.0)
+    return slots
+
+
+def evict_and_write(
+    cache_k: Tensor,
+    cache_v: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    newest: Tensor,
+    stays: Stays,
+    *,
+    scores: Tensor | None = None,
+    mass: Tensor | None = None,
+    known: Tensor | None = None,
+) -> Tensor:
+    """Do as `evict` does in one KV layer, and write the new row there.
+
+    Args:
+        cache_k, cache_v: [B, H, C, D] and [B, H, C, D_v], written in place.
+        k, v: [B, H_kv, 1, D] and [B, H_kv, 1, D_v] of the same dtypes; H is a multiple of H_kv,
+            whose rows are repeated.
+        positions: [B, H or 1, C]. The others: see `evict`.
+
+    Returns:
+        The slots [B, H or 1, 1].
+    """
+    refuse(positions, newest, stays, scores, mass, known)
+    refuse_rows(cache_k, cache_v, k, v, positions)
+    if fused(positions):
+        from kvlab.kernels.gpu import evict as gpu
+
+        return gpu.evict_and_write(
+            cache_k, cache_v, k, v, positions, newest, stays,
+            scores=scores, mass=mass, known=known,
+        )  # fmt: skip
+    slots = evict(positions, newest, stays, scores=scores, mass=mass, known=known)
+    write(cache_k, cache_v, k, v, slots)
+    return slots
+
+
+def write(cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    """Write one new row into slots [B, H or 1, 1]; see `evict_and_write`."""
+    refuse_rows(cache_k, cache_v, k, v, slots)
+    if fused(slots):
+        from kvlab.kernels.gpu import evict as gpu
+
+        gpu.write(cache_k, cache_v, k, v, slots)
+        return
+    for cache, row in ((cache_k, k), (cache_v, v)):
+        rows = row.repeat_interleave(cache.shape[1] // row.shape[1], 1)
+        cache.scatter_(2, slots.unsqueeze(-1).expand(rows.shape), rows)
+
+
+def _ranks(
+    positions: Tensor, newest: Tensor, stays: Stays, scores: Tensor | None, known: Tensor | None
+) -> Tensor:
+    """Rank rows [..., B, H or 1, C]; -inf where there is none."""
+    if scores is not None:
+        ranks = scores
+    elif known is not None:
+        table = known.unsqueeze(-2).expand(*positions.shape[:-1], -1)
+        ranks = table.gather(-1, positions.clamp_min(0).long())
+    else:
+        ranks = positions.double()
+    if stays.recent is not None:
+        ranks = ranks.masked_fill(positions >= newest - stays.recent[:, None, None], float("inf"))
+    ranks = ranks.masked_fill(positions < stays.sinks, float("inf"))
+    if stays.window is not None:
+        lowest = torch.finfo(torch.float32).min
+        ranks = ranks.masked_fill(positions <= newest - stays.window, lowest)
+    ranks = ranks.masked_fill(positions == EMPTY, float("-inf"))
+    if stays.usable is not None:
+        slot = torch.arange(positions.shape[-1], device=positions.device)
+        ranks = ranks.masked_fill(slot >= stays.usable[:, None, None], float("inf"))
+    return ranks
+
+
+def refuse(
+    positions: Tensor,
+    newest: Tensor,
+    stays: Stays,
+    scores: Tensor | None,
+    mass: Tensor | None,
+    known: Tensor | None,
+) -> None:
+    """Refuse what `evict` cannot take."""
+    if positions.dim() not in (3, 4) or positions.dtype not in (torch.int32, torch.int64):
+        found = f"{list(positions.shape)} {positions.dtype}"
+        raise ValueError(f"positions: must be integers [B, H, C] or [n, B, H, C], found {found}")
+    if not positions.shape[-1]:
+        raise ValueError("positions: must have a slot at least, found none")
+    shape, batch = positions.shape, positions.shape[-3]
+    for name, tensor in (
+        ("newest", newest), ("stays.recent", stays.recent), ("stays.usable", stays.usable)
+    ):  # fmt: skip
+        _refuse(name, tensor, (batch,), (torch.int32, torch.int64), positions)
+    if stays.window is not None and stays.window < 1:
+        raise ValueError(f"stays.window: must be 1 or more, found {stays.window}")
+    if scores is not None and known is not None:
+        raise ValueError("known: must be None where scores are given")
+    _refuse("scores", scores, tuple(shape), (torch.float32,), positions)
+    if known is not None:
+        scored = (*shape[:-2], known.shape[-1] if known.dim() else 0)
+        _refuse("known", known, scored, (torch.float32,), positions)
+    if mass is None:
+        return
+    if scores is None or scores.dim() != 3:
+        raise ValueError("mass: must come with the scores [B, H, C] of one layer")
+    heads, slots = (mass.shape[1], mass.shape[2]) if mass.dim() == 3 else (0, 0)
+    _refuse("mass", mass, (batch, heads, slots), (torch.float32,), positions)
+    if not heads or heads % shape[1] or slots > shape[2]:
+        wanted = f"a multiple of {shape[1]} heads and up to {shape[2]} slots"
+        raise ValueError(f"mass: must have {wanted}, found {list(mass.shape)}")
+
+
+def refuse_rows(cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    """Refuse rows that do not fit a cache, or whose slots [B, H or 1, n] do not."""
+    for name, cache, row in (("k", cache_k, k), ("v", cache_v, v)):
+        if cache.dim() != 4 or row.dim() != 4:
+            found = f"{list(cache.shape)} and {list(row.shape)}"
+            raise ValueError(
+                f"{name}: must be [B, H_kv, 1, D] for a cache [B, H, C, D], found {found}"
+            )
+        batch, heads, _, dim = cache.shape
+        if not row.shape[1] or heads % row.shape[1]:
+            raise ValueError(f"{name}: must have a divisor of {heads} heads, found {row.shape[1]}")
+        _refuse(name, row, (batch, row.shape[1], 1, dim), (cache.dtype,), cache)
+        if cache.device != slots.device:
+            raise ValueError(f"{name}: must lie on {slots.device}, found {cache.device}")
+    batch, heads, capacity, _ = cache_k.shape
+    if cache_v.shape[:3] != cache_k.shape[:3]:
+        wanted = f"{[batch, heads, capacity]}, as cache_k"
+        raise ValueError(f"cache_v: must begin with {wanted}, found {list(cache_v.shape)}")
+    fits = slots.dim() == 3 and slots.shape[0] == batch and slots.shape[1] in (1, heads)
+    if not fits or slots.shape[2] not in (1, capacity):
+        wanted = f"[{batch}, {heads} or 1, {capacity} positions, or 1 slot]"
+        raise ValueError(f"positions or slots: must be {wanted}, found {list(slots.shape)}")
+
+
+def _refuse(
+    name: str,
+    tensor: Tensor | None,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    beside: Tensor,
+) -> None:
+    """Refuse a tensor of another shape, dtype or device."""
+    if tensor is None:
+        return
+    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+        wanted = f"{' or '.join(str(dtype) for dtype in dtypes)} {list(shape)}"
+        raise ValueError(f"{name}: must be {wanted}, found {tensor.dtype} {list(tensor.shape)}")
+    if tensor.device != beside.device:
+        raise ValueError(f"{name}: must lie on {beside.device}, found {tensor.device}")

@@ -1,0 +1,94 @@
+"""Which rows of many are the best, and which of them queries may read. Plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvlab.kernels.attention import CAUSAL, EMPTY
+from kvlab.kernels.choice import fused
+
+INTEGERS = (torch.int32, torch.int64)
+
+
+def best(
+    scores: Tensor, most: int, *, above: float = float("-inf"), budgets: Tensor | None = None
+) -> Tensor:
+    """Return the numbers [..., most] int64 of the highest scores, in ascending order; then EMPTY.
+
+    Of equal scores the first count as higher. NaN is never among the best.
+
+    Args:
+        scores: [..., S] float32.
+        above: only scores higher than this count.
+        budgets: [...] integer, so many at most of each row; None: `most`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not go together.
+    """
+    refuse_scores(scores, most, budgets)
+    if fused(scores):
+        from kvlab.kernels.gpu import select as gpu
+
+        return gpu.best(scores, most, above=above, budgets=budgets)
+    count = scores.shape[-1]
+    counts = scores > above
+    found = scores.masked_fill(~counts, float("-inf")).sort(dim=-1, descending=True, stable=True)
+    numbers = found.indices[..., :most]
+    taken = counts.gather(-1, numbers)
+    if budgets is not None:
+        taken &= torch.arange(numbers.shape[-1], device=scores.device) < budgets.unsqueeze(-1)
+    numbers = numbers.masked_fill(~taken, count).sort(dim=-1).values
+    out = numbers.new_full((*scores.shape[:-1], most), EMPTY)
+    out[..., : numbers.shape[-1]] = numbers.masked_fill(numbers == count, EMPTY)
+    return out
+
+
+def beside(q_positions: Tensor, held: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Put rows beside those of a layer, and say which of all a query may read.
+
+    Args:
+        q_positions: [B, T] integer, EMPTY rows read nothing.
+        held: [B, C] integer, the positions in the layer's slots.
+        others: [B, R] integer; those that the layer holds itself are left out.
+
+    Returns:
+        The positions [B, C + R] of the keys, int64; and the mask [B, 1, T, C + R] bool, true where
+        a key does not stand after the query.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not go together.
+    """
+    refuse_positions(q_positions, held, others)
+    if fused(held):
+        from kvlab.kernels.gpu import select as gpu
+
+        return gpu.beside(q_positions, held, others)
+    twice = (held.unsqueeze(-1) == others.unsqueeze(-2)).any(-2)
+    keys = torch.cat((held, torch.where(twice, EMPTY, others)), dim=1).long()
+    return keys, CAUSAL.allows(q_positions, keys)
+
+
+def refuse_scores(scores: Tensor, most: int, budgets: Tensor | None) -> None:
+    """Refuse what `best` cannot take."""
+    if not scores.dim() or scores.dtype != torch.float32:
+        raise ValueError(f"scores: must be float32 [..., S], found {scores.dtype}")
+    if most < 1:
+        raise ValueError(f"most: must be 1 or more, found {most}")
+    if budgets is None:
+        return
+    if budgets.shape != scores.shape[:-1] or budgets.dtype not in INTEGERS:
+        found = f"{budgets.dtype} {list(budgets.shape)}"
+        raise ValueError(f"budgets: must be integers {list(scores.shape[:-1])}, found {found}")
+    if budgets.device != scores.device:
+        raise ValueError(f"budgets: must lie on {scores.device}, found {budgets.device}")
+
+
+def refuse_positions(q_positions: Tensor, held: Tensor, others: Tensor) -> None:
+    """Refuse what `beside` cannot take."""
+    for name, tensor in (("held", held), ("q_positions", q_positions), ("others", others)):
+        if tensor.dim() != 2 or len(tensor) != len(held) or tensor.dtype not in INTEGERS:
+            found = f"{tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(f"{name}: must be integers [{len(held)}, n], found {found}")
+        if tensor.device != held.device:
+            raise ValueError(f"{name}: must lie on {held.device}, as held, found {tensor.device}")
