@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from kvlab.kernels.attention import Rule, attend
 from kvlab.kernels.norm import rms_norm
 from kvlab.kernels.precision import working_dtype
+from kvlab.kernels.query import project
 from kvlab.methods.cache.interface import Cache, Keys
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.rope import Rotation
@@ -107,14 +108,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, step: Pass) -> tuple[Tensor, Tensor | None]:
         """Map normed hidden states [B, T, W] to the layer's attention output and its key mass."""
-        heads = self._heads(self.qkv(x))
         if self.owns_kv:
             counts = [self.heads, self.kv_heads, self.kv_heads]
-            q, k, v = torch.split(heads, counts, dim=1)
+            q, k, v = torch.split(self._heads(self.qkv(x)), counts, dim=1)
             step.cache.write(self.layer, self._turned(k, self.k_norm, step), v, step.positions)
+            q = self._turned(q, self.q_norm, step)
         else:
-            q = heads
-        q = self._turned(q, self.q_norm, step)
+            q = self.queries(x, step)
         if step.cache.attends:
             attended = step.cache.attend(self.layer, q, self.rule)
             return self.out(attended.transpose(1, 2).flatten(2)), None
@@ -122,8 +122,16 @@ class Attention(nn.Module):
 
     def queries(self, x: Tensor, step: Pass) -> Tensor:
         """Map normed hidden states [B, T, W] to the queries [B, H, T, D] alone."""
-        q = self._heads(self._part(x, slice(None, self.heads * self.head_dim)))
-        return self._turned(q, self.q_norm, step)
+        rows = slice(None, self.heads * self.head_dim) if self.owns_kv else slice(None)
+        if type(self.qkv) is not nn.Linear:
+            return self._turned(self._heads(self._part(x, rows)), self.q_norm, step)
+        return project(
+            x, self.qkv.weight[rows], self.head_dim,
+            bias=None if self.qkv.bias is None else self.qkv.bias[rows],
+            norm=None if self.q_norm is None else self.q_norm.weight,
+            eps=0.0 if self.q_norm is None else self.q_norm.eps,
+            turn=None if step.cache.rotates else (step.rotation.cos, step.rotation.sin),
+        )  # fmt: skip
 
     def keys_values(self, x: Tensor, step: Pass) -> tuple[Tensor, Tensor]:
         """Map normed hidden states [B, T, W] to the keys and values [B, H_kv, T, D] alone."""

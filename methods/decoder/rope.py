@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from kvlab.kernels.query import rotate
 from kvlab.methods.decoder.config import DecoderConfig, RopeScaling
 
 
@@ -56,10 +57,7 @@ class Rotation:
             angles = angles.unsqueeze(1)  # [B, 1, T, R]: the same for all heads
         self.cos = angles.cos().to(dtype)
         self.sin = angles.sin().to(dtype)
-        self.dim = frequencies.numel()
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rotate x [B, H, T, D]; dimensions past `rotary_dim` pass through."""
-        turned = x if self.dim == x.shape[-1] else x[..., : self.dim]
-        turned = torch.addcmul(turned * self.cos, turned.roll(self.dim // 2, -1), self.sin)
-        return turned if self.dim == x.shape[-1] else torch.cat((turned, x[..., self.dim :]), -1)
+        return rotate(x, self.cos, self.sin)

@@ -1,102 +1,100 @@
-"""Every launch of the Triton kernels compiles for a Hopper GPU; none is needed for that.
+"""Every launch of the Triton kernels compiles for GPUs that are not here, with what a call chooses.
 
 The interpreter runs what the compiler refuses. Whether the machine code is right, only a GPU says.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+from kvlab.kernels.attention import Rule
+from kvlab.kernels.stored import Stored, Turn
+
 triton = pytest.importorskip("triton")
-TYPES = {
-    torch.float64: "*fp64",
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.uint8: "*u8",
-    torch.bool: "*i1",
-}
+SHARED = {80: 163 * 1024, 90: 227 * 1024}
+"""Bytes of shared memory that a block may have, by compute capability."""
 
 
-class Compiles:
-    """Stands for a kernel: compiles where it is launched, as a launch would."""
+class Driver:
+    """What Triton asks of a driver before it compiles. A device's number is its capability."""
 
-    def __init__(self, kernel: Any, compiled: list[str]) -> None:
-        self.kernel, self.compiled = kernel, compiled
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
 
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return self.launch
+    def get_current_device(self) -> int:
+        return self.capability
 
-    def launch(self, *args: Any, **named: Any) -> None:
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
 
-        options = {n: named.pop(n) for n in ("num_warps", "num_stages") if n in named}
-        given = inspect.signature(self.kernel.fn).bind(*args, **named).arguments
-        signature, constants, attributes = {}, {}, {}
-        for place, (name, value) in enumerate(given.items()):
-            constant = self.kernel.params[place].is_constexpr or value is None or value is True
-            if constant or (isinstance(value, int) and value == 1):
-                signature[name], constants[name] = "constexpr", value
-                continue
-            signature[name] = _type(value)
-            start = value.data_ptr() if isinstance(value, Tensor) else value
-            if isinstance(start, int) and start % 16 == 0:
-                attributes[(place,)] = [["tt.divisibility", 16]]
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        self.compiled.append(self.kernel.__name__)
+        return GPUTarget("cuda", self.capability, 32)
 
 
-def _type(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return TYPES[value.dtype]
-    if isinstance(value, float):
-        return "fp32"
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
+class Launch(NamedTuple):
+    """The kernel's name and the bytes of shared memory that a block of it has."""
+
+    kernel: str
+    shared: int
+
+
+Begin = Callable[..., list[Launch]]
 
 
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[ModuleType], list[str]]:
-    """Replace a module's kernels; return the list that names what was compiled."""
+def compiling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Begin:
+    """Let launches compile and run nothing; return the list that they come to stand in."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
-    def replace(module: ModuleType) -> list[str]:
-        found: list[str] = []
-        for name, value in vars(module).items():
-            if isinstance(value, triton.runtime.JITFunction) and name.endswith("_kernel"):
-                monkeypatch.setattr(module, name, Compiles(value, found))
+    def begin(capability: int = 90) -> list[Launch]:
+        found: list[Launch] = []
+        run = triton.runtime.JITFunction.run
+
+        def launch(kernel: Any, *args: Any, **given: Any) -> Any:
+            made = run(kernel, *args, **given | {"warmup": True})
+            assert made.asm["cubin"]
+            assert made.metadata.shared <= SHARED[capability]
+            found.append(Launch(kernel.__name__, made.metadata.shared))
+            return made
+
+        monkeypatch.setattr(triton.runtime.driver, "_active", Driver(capability))
+        monkeypatch.setattr(triton.runtime.JITFunction, "run", launch)
         return found
 
-    return replace
+    return begin
 
 
-def test_cosine(compiled: Callable[[ModuleType], list[str]]) -> None:
+def names(launches: list[Launch]) -> list[str]:
+    return [launch.kernel for launch in launches]
+
+
+def test_cosine(compiling: Begin) -> None:
     from kvlab.kernels.gpu import cosine
 
-    found = compiled(cosine)
+    found = compiling()
     x, valid = torch.ones(2, 3, 4096).bfloat16(), torch.ones(2, 3, dtype=torch.bool)
     cosine.residual_cosine(x, x)
     cosine.add_with_cosine(x, x, valid)
     cosine.add_with_cosine(x[..., ::3], x.double()[..., ::3])
-    assert found == ["_cosine_kernel"] * 2 + ["_mean_kernel"] + ["_cosine_kernel", "_mean_kernel"]
+    assert names(found) == ["_cosine_kernel"] * 2 + ["_mean_kernel"] + [
+        "_cosine_kernel",
+        "_mean_kernel",
+    ]
 
 
-def test_evict(compiled: Callable[[ModuleType], list[str]]) -> None:
+def test_evict(compiling: Begin) -> None:
     from kvlab.kernels.evict import Stays
     from kvlab.kernels.gpu import evict
 
-    found = compiled(evict)
+    found = compiling()
     numbers = torch.full((3,), 5)
     cache, row = torch.zeros(3, 2, 5000, 128).bfloat16(), torch.zeros(3, 2, 1, 128).bfloat16()
     positions = torch.zeros(3, 2, 5000, dtype=torch.long)
@@ -109,37 +107,37 @@ def test_evict(compiled: Callable[[ModuleType], list[str]]) -> None:
     evict.evict(positions[:, :1].int(), numbers.int(), Stays(), known=torch.zeros(3, 9000))
     slots = torch.zeros(3, 1, 1, dtype=torch.long)
     evict.write(cache, cache, row, row, slots)
-    assert found == ["_evict_kernel"] * 3 + ["_write_kernel"]
+    assert names(found) == ["_evict_kernel"] * 3 + ["_write_kernel"]
 
 
-def test_tokens(compiled: Callable[[ModuleType], list[str]]) -> None:
+def test_tokens(compiling: Begin) -> None:
     from kvlab.kernels.gpu import tokens
 
-    found = compiled(tokens)
+    found = compiling()
     for rows, dim, dtype in ((6, 64, torch.bfloat16), (128, 256, torch.bfloat16)):
         q, k = torch.ones(1000, 8, 1, dim, dtype=dtype), torch.ones(1000, 1, rows, dim, dtype=dtype)
         tokens.attend_block(q, k, k, torch.ones(1000, dtype=torch.long))
     tokens.attend_block(q[..., :32].float(), k[:, :, :3, :32].float(), k[:, :, :3, :32].float())
-    assert found == ["_block_kernel"] * 3
+    assert names(found) == ["_block_kernel"] * 3
 
 
-def test_select(compiled: Callable[[ModuleType], list[str]]) -> None:
+def test_select(compiling: Begin) -> None:
     from kvlab.kernels.gpu import select
 
-    found = compiled(select)
+    found = compiling()
     select.best(torch.zeros(2, 5000), 40, budgets=torch.zeros(2, dtype=torch.long))
     select.best(torch.zeros(2, 100)[:, ::2], 40, above=0.5)
     numbers = torch.zeros(2, 300, dtype=torch.long)
     select.beside(numbers[:, :9], numbers, numbers[:, :8])
-    assert found == ["_best_kernel"] * 2 + ["_beside_kernel"]
+    assert names(found) == ["_best_kernel"] * 2 + ["_beside_kernel"]
 
 
 @pytest.mark.parametrize("count", [1, 20])
-def test_adore(compiled: Callable[[ModuleType], list[str]], count: int) -> None:
+def test_adore(compiling: Begin, count: int) -> None:
     from kvlab.kernels.adore import Cell, Head
     from kvlab.kernels.gpu import adore
 
-    found = compiled(adore)
+    found = compiling()
     h, m, layers = 64, 32, count
     map_of = torch.zeros(layers * m, h), torch.zeros(layers * m)
     inner, address = (torch.zeros(h, h), torch.zeros(h)), (torch.zeros(m, h), torch.zeros(m))
@@ -150,4 +148,67 @@ def test_adore(compiled: Callable[[ModuleType], list[str]], count: int) -> None:
     query = adore.advance(cell, torch.zeros(count, 3 * h), torch.zeros(count, h), memory, newest)
     adore.score(head, memory, query, newest, 99)
     adore.score(Head(*head[:2]), memory, query, newest, torch.zeros(count, 1, dtype=torch.long))
-    assert found == ["_advance_kernel"] + ["_score_kernel"] * 2
+    assert names(found) == ["_advance_kernel"] + ["_score_kernel"] * 2
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_query(compiling: Begin, capability: int) -> None:
+    from kvlab.kernels.gpu import query
+
+    found = compiling(capability)
+    for dtype, dim, rows in (
+        (torch.bfloat16, 128, 1), (torch.float16, 80, 64), (torch.float32, 256, 20)
+    ):  # fmt: skip
+        x, weight = torch.zeros(rows, 1, 1024).to(dtype), torch.zeros(4 * dim, 1024).to(dtype)
+        cos = torch.zeros(rows, 1, 1, dim // 2).to(dtype)
+        query.project(x, weight, dim, turn=(cos, cos))
+        query.project(x, weight, dim, bias=weight[:, 0].clone(), norm=weight[0, :dim])
+    assert names(found) == ["_query_kernel"] * 6
+    assert all(launch.shared for launch in found)
+
+
+Given = tuple[Tensor, Tensor, Stored]
+
+
+def dense(dtype: torch.dtype, width: int) -> Given:
+    q = torch.zeros(2, 8, 4, width, dtype=dtype)
+    return q, torch.zeros(2, 2, 64, width, dtype=dtype), Stored()
+
+
+def packed() -> Given:
+    q = torch.zeros(1, 8, 256, 128, dtype=torch.bfloat16)
+    return q, q[:, :2], Stored()
+
+
+def pooled(dtype: torch.dtype) -> Given:
+    """Codes in a pool, not rotated, with lengths."""
+    pool, table = torch.zeros(99, 2, 128, dtype=dtype), torch.zeros(2, 64).long()
+    scale, angles = torch.zeros(99, 2, 1).bfloat16(), torch.zeros(64, 64)
+    kept = Stored(scale, scale, table, torch.zeros(2).long(), Turn(table, angles, angles))
+    return torch.zeros(2, 8, 1, 128).bfloat16(), pool, kept
+
+
+@pytest.mark.parametrize(
+    ("given", "rule", "capability"),
+    [
+        (dense(torch.bfloat16, 128), Rule(), 90),
+        (dense(torch.float16, 256), Rule(window=5, sinks=2), 80),
+        (packed(), Rule(True, 5, 2), 90),
+        (pooled(torch.int8), Rule(), 80),
+        (pooled(torch.uint8), Rule(window=5), 90),
+    ],
+    ids=["dense", "wide", "packed", "int8", "fp8"],
+)
+def test_attention(compiling: Begin, given: Given, rule: Rule, capability: int) -> None:
+    from kvlab.kernels.gpu import attention
+
+    found = compiling(capability)
+    q, k, stored = given
+    if k.shape[2] == q.shape[2]:
+        attention.attend(q, k, k, None, None, rule, slice(None))
+        assert names(found) == ["forward", "weigh"]
+    else:
+        p, j = torch.zeros(len(q), q.shape[2]).long(), torch.zeros(len(q), 64).long()
+        attention.attend(q, k, k, p, j, rule, slice(None), stored, parts=8)
+        assert names(found) == ["forward", "combine", "weigh"]
+    assert all(launch.shared for launch in found)
