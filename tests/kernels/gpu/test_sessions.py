@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from kvlab.methods.block_transformer.model import BlockTransformer
 from kvlab.methods.block_transformer.rows import RequestRows
 from kvlab.methods.build import build
 from kvlab.methods.decoder.config import DecoderConfig, llama
+from kvlab.methods.eviction.adore.controller import Controller
+from kvlab.methods.eviction.adore.sizes import ControllerConfig
 from kvlab.methods.model import LanguageModel
 from kvlab.methods.registry import resolve
 
@@ -115,6 +118,31 @@ def watching(asked: set[str]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(KernelInterface, "__getitem__", noted)
         yield
+
+
+@pytest.mark.parametrize("per", ["model", "layer"])
+def test_adore_by_its_controller(
+    device: torch.device,
+    per: str,
+    tmp_path: Path,
+    model: Callable[[dict[str, Any]], LanguageModel],
+) -> None:
+    torch.manual_seed(1)
+    config = ControllerConfig(VOCABULARY, 32, hidden=16, match=8, layers=1 if per == "model" else 2)
+    controller = Controller(config)
+    for parameter in controller.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    controller.save(tmp_path)
+    settings = {"controller": str(tmp_path), "per": per, "recent": 2, "rebuild": 3, "refresh": 2}
+    apply = {"adore": settings, "uniform": {"tokens": 6}}
+    with choice.torch_only():
+        tokens, logits = run(model({}), apply, device)
+    asked: set[str] = set()
+    with by_kernels(device), watching(asked):
+        found, close = run(model({}), apply, device)
+    assert {"adore", "evict", "forward"} <= asked
+    torch.testing.assert_close(close, logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found, tokens)
 
 
 def test_a_servers_blocks_on_kernels_are_those_on_twins(
