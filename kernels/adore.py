@@ -11,6 +11,7 @@ from torch import Tensor
 from kvlab.kernels.choice import fused
 
 INTEGERS = (torch.int32, torch.int64)
+KEPT = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Cell(NamedTuple):
@@ -46,6 +47,14 @@ class Head(NamedTuple):
     places: Tensor | None = None
     edges: Tensor | None = None
     relative: bool = True
+
+
+def answers(memory: Tensor) -> bool:
+    """Whether kernels answer `advance` and `score` over this memory.
+
+    Torch's own GRU and theirs agree but for the last bits.
+    """
+    return fused(memory) and memory.dtype in KEPT
 
 
 def advance(cell: Cell, came: Tensor, state: Tensor, memory: Tensor, newest: Tensor) -> Tensor:
@@ -176,8 +185,7 @@ def refuse_head(
 
 def _refuse_memory(memory: Tensor, outer: tuple[int, int], beside: Tensor) -> None:
     places = memory.shape[1] if memory.dim() == 3 else 0
-    kinds = (torch.float32, torch.bfloat16, torch.float16)
-    _refuse("memory", memory, (outer[0], places, outer[1]), beside, kinds)
+    _refuse("memory", memory, (outer[0], places, outer[1]), beside, KEPT)
     if memory.stride(2) != 1:
         raise ValueError(f"memory: numbers of a token must be neighbours, found {memory.stride()}")
 

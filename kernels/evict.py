@@ -13,15 +13,18 @@ from torch import Tensor
 from kvlab.kernels.attention import EMPTY
 from kvlab.kernels.choice import fused
 
+INTEGERS = (torch.int32, torch.int64)
+
 
 class Stays(NamedTuple):
     """Which slots a step may not take, or takes first.
 
-    recent: [B] integer: so many of the newest past rows stay whatever they rank; None: none.
+    recent: [B] or [n, B] integer: so many of the newest past rows stay whatever they rank; None:
+        none.
     sinks: rows at positions below it stay.
     window: rows that stand so far or farther behind the new one leave first, whatever else holds:
         no later query can read them. None: all can be read.
-    usable: [B] integer, slots of each sample that may be taken; None: all.
+    usable: [B] or [n, B] integer, slots of each sample that may be taken; None: all.
     """
 
     recent: Tensor | None = None
@@ -65,11 +68,11 @@ def evict(
         return gpu.evict(positions, newest, stays, scores=scores, mass=mass, known=known)
     if scores is not None and mass is not None:
         scores[..., : mass.shape[2]] += torch.unflatten(mass, 1, (scores.shape[1], -1)).sum(2)
-    slots = _ranks(positions, newest[:, None, None], stays, scores, known).argmin(-1, keepdim=True)
-    positions.scatter_(-1, slots, newest[:, None, None].to(positions.dtype).expand(slots.shape))
-    if scores is not None:
-        scores.scatter_(-1, slots, 0.0)
-    return slots
+    newest = newest.view(-1, 1, 1)
+    ranks = rank(positions, newest, stays, scores, known)
+    return take(
+        unread_last(ranks, positions, newest, stays.window), positions, newest, stays.usable, scores
+    )
 
 
 def evict_and_write(
@@ -123,10 +126,13 @@ def write(cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor, slots: Tensor)
         cache.scatter_(2, slots.unsqueeze(-1).expand(rows.shape), rows)
 
 
-def _ranks(
+def rank(
     positions: Tensor, newest: Tensor, stays: Stays, scores: Tensor | None, known: Tensor | None
 ) -> Tensor:
-    """Rank rows [..., B, H or 1, C]; -inf where there is none."""
+    """Rank rows [..., B, H or 1, C] as `evict` does, inf on what does not leave; readable or not.
+
+    Args: newest: [B, 1, 1]. The others: see `evict`.
+    """
     if scores is not None:
         ranks = scores
     elif known is not None:
@@ -135,16 +141,36 @@ def _ranks(
     else:
         ranks = positions.double()
     if stays.recent is not None:
-        ranks = ranks.masked_fill(positions >= newest - stays.recent[:, None, None], float("inf"))
-    ranks = ranks.masked_fill(positions < stays.sinks, float("inf"))
-    if stays.window is not None:
+        first = newest - stays.recent[..., None, None]
+        ranks = torch.where(positions >= first, float("inf"), ranks)
+    return torch.where(positions < stays.sinks, float("inf"), ranks) if stays.sinks else ranks
+
+
+def unread_last(
+    ranks: Tensor, positions: Tensor, newest: Tensor, window: int | Tensor | None
+) -> Tensor:
+    """Rank rows lower than any other where no later query can read them, -inf where there is none.
+
+    Args: newest: [B, 1, 1]. window: see `Stays`, or one that broadcasts to positions.
+    """
+    if window is not None:
         lowest = torch.finfo(torch.float32).min
-        ranks = ranks.masked_fill(positions <= newest - stays.window, lowest)
-    ranks = ranks.masked_fill(positions == EMPTY, float("-inf"))
-    if stays.usable is not None:
+        ranks = ranks.masked_fill(positions <= newest - window, lowest)
+    return ranks.masked_fill(positions == EMPTY, float("-inf"))
+
+
+def take(
+    ranks: Tensor, positions: Tensor, newest: Tensor, usable: Tensor | None, scores: Tensor | None
+) -> Tensor:
+    """Enter new rows, newest [B, 1, 1], where ranks are lowest; return the slots: see `evict`."""
+    if usable is not None:
         slot = torch.arange(positions.shape[-1], device=positions.device)
-        ranks = ranks.masked_fill(slot >= stays.usable[:, None, None], float("inf"))
-    return ranks
+        ranks = ranks.masked_fill(slot >= usable[..., None, None], float("inf"))
+    slots = ranks.argmin(-1, keepdim=True)
+    positions.scatter_(-1, slots, newest.to(positions.dtype).expand(slots.shape))
+    if scores is not None:
+        scores.scatter_(-1, slots, 0.0)
+    return slots
 
 
 def refuse(
@@ -156,16 +182,16 @@ def refuse(
     known: Tensor | None,
 ) -> None:
     """Refuse what `evict` cannot take."""
-    if positions.dim() not in (3, 4) or positions.dtype not in (torch.int32, torch.int64):
+    if positions.dim() not in (3, 4) or positions.dtype not in INTEGERS:
         found = f"{list(positions.shape)} {positions.dtype}"
         raise ValueError(f"positions: must be integers [B, H, C] or [n, B, H, C], found {found}")
     if not positions.shape[-1]:
         raise ValueError("positions: must have a slot at least, found none")
     shape, batch = positions.shape, positions.shape[-3]
-    for name, tensor in (
-        ("newest", newest), ("stays.recent", stays.recent), ("stays.usable", stays.usable)
-    ):  # fmt: skip
-        _refuse(name, tensor, (batch,), (torch.int32, torch.int64), positions)
+    _refuse("newest", newest, (batch,), INTEGERS, positions)
+    for name, counts in (("stays.recent", stays.recent), ("stays.usable", stays.usable)):
+        by_layer = counts is not None and counts.dim() == 2
+        _refuse(name, counts, tuple(shape[:-2]) if by_layer else (batch,), INTEGERS, positions)
     if stays.window is not None and stays.window < 1:
         raise ValueError(f"stays.window: must be 1 or more, found {stays.window}")
     if scores is not None and known is not None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvlab.kernels.attention import EMPTY, attend
 from kvlab.kernels.choice import fused
+from kvlab.kernels.precision import working_dtype
 
 MOST_ROWS = 128
 """Rows of a block: more are the work of attention over a cache."""
@@ -43,6 +44,15 @@ def attend_block(q: Tensor, k: Tensor, v: Tensor, held: Tensor | None = None) ->
     v = v.masked_fill(~there[:, None, :, None], 0.0)
     k = k.masked_fill(~there[:, None, :, None], 0.0)
     return attend(q, k, v, (held - 1).unsqueeze(1), places)[0]
+
+
+def answers(k: Tensor) -> bool:
+    """Whether a kernel answers `attend_block` for keys [..., R, D] with values of their shape.
+
+    Where none does, `attend` with positions needs no copy of them.
+    """
+    sizes = k.shape[-2] <= MOST_ROWS and k.shape[-1] <= MOST_DIM
+    return fused(k) and sizes and k.dtype in DTYPES and k.dtype == working_dtype(k)
 
 
 def refuse(q: Tensor, k: Tensor, v: Tensor, held: Tensor | None) -> None:

@@ -101,8 +101,7 @@ def _launch(
             *held.stride(), *rank_strides,
             *((0, 0, 0) if mass is None else mass.stride()),
             newest.stride(0),
-            0 if stays.recent is None else stays.recent.stride(0),
-            0 if stays.usable is None else stays.usable.stride(0),
+            *_by_layer(stays.recent), *_by_layer(stays.usable),
             *_row_strides(cache_k, cache_v, k, v),
             SCORED=scores is not None, KNOWN=known is not None,
             GROUP=0 if mass is None else mass.shape[1] // heads,
@@ -123,6 +122,13 @@ def _sizes(cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor) -> dict[str, 
         "BLOCK_K": triton.next_power_of_2(k.shape[3]),
         "BLOCK_V": triton.next_power_of_2(v.shape[3]),
     }
+
+
+def _by_layer(counts: Tensor | None) -> tuple[int, int]:
+    """The strides of [B] or [n, B]."""
+    if counts is None:
+        return 0, 0
+    return 0 if counts.dim() == 1 else counts.stride(0), counts.stride(-1)
 
 
 def _row_strides(cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor) -> list[int]:
@@ -152,7 +158,8 @@ def _evict_kernel(
     batch, heads, capacity, seen, reach, sinks, window,
     positions_layer, positions_sample, positions_head, positions_slot,
     ranks_layer, ranks_sample, ranks_head, ranks_slot,
-    mass_sample, mass_head, mass_slot, newest_sample, recent_sample, usable_sample,
+    mass_sample, mass_head, mass_slot, newest_sample,
+    recent_layer, recent_sample, usable_layer, usable_sample,
     cache_k_sample, cache_k_head, cache_k_row, cache_k_column,
     cache_v_sample, cache_v_head, cache_v_row, cache_v_column,
     k_sample, k_head, k_column, v_sample, v_head, v_column,
@@ -196,14 +203,16 @@ def _evict_kernel(
             rank = place.to(tl.int32)  # below INF
         stays = place < sinks
         if RECENT:
-            recent = tl.load(recent_ptr + sample * recent_sample).to(tl.int64)
+            recent_at = recent_ptr + layer * recent_layer + sample * recent_sample
+            recent = tl.load(recent_at).to(tl.int64)
             stays = stays | (place >= newest - recent)
         rank = tl.where(stays, INF, rank)
         if WINDOW:
             rank = tl.where(place <= newest - window, LOWEST, rank)
         rank = tl.where(place < 0, MINUS_INF, rank)
         if USABLE:
-            usable = tl.load(usable_ptr + sample * usable_sample).to(tl.int64)
+            usable_at = usable_ptr + layer * usable_layer + sample * usable_sample
+            usable = tl.load(usable_at).to(tl.int64)
             rank = tl.where(slot < usable, rank, INF)
         rank = tl.where(mask, rank, INF)
         better = rank < best

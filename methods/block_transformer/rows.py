@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvlab.kernels.attention import EMPTY
+from kvlab.kernels.attention import EMPTY, Rule
+from kvlab.kernels.tokens import answers, attend_block
 from kvlab.methods.cache.ephemeral import EphemeralCache
 from kvlab.methods.cache.interface import Cache, Extra, Keys, Step
 from kvlab.methods.decoder.config import DecoderConfig
@@ -63,6 +64,10 @@ class BlockRows(Cache):
         self._held = 0
         self.vectors, self.memory = vectors, memory
 
+    def plan(self, step: Step) -> Extra | None:
+        self.attends = step.rows == 1 and answers(self._layers[0])
+        return None
+
     def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor | None) -> None:
         self._arriving = k.shape[2]
         end = self._held + self._arriving
@@ -72,6 +77,10 @@ class BlockRows(Cache):
     def read(self, layer: int) -> Keys:
         k, v = self._layers[layer][:, :, :, : self._held + self._arriving]
         return Keys(k, v, None)
+
+    def attend(self, layer: int, q: Tensor, own: Rule) -> Tensor:
+        k, v, _ = self.read(layer)
+        return attend_block(q, k, v)
 
     def finish(self) -> None:
         self._held += self._arriving
@@ -97,9 +106,14 @@ class RequestRows(Cache):
     def __init__(self, kv: Tensor) -> None:
         self.kv = kv
         self.row = torch.empty(0)
+        self.attends = answers(kv)
+        self._held = self.row + 1
         self._keys: Tensor | None = None
 
     def plan(self, step: Step) -> Extra | None:
+        if self.attends:
+            self._held = self.row + 1
+            return None
         places = torch.arange(self.kv.shape[4], device=self.kv.device)
         self._keys = torch.where(places <= self.row.unsqueeze(1), places, EMPTY)
         return None
@@ -111,6 +125,9 @@ class RequestRows(Cache):
 
     def read(self, layer: int) -> Keys:
         return Keys(self.kv[:, layer, 0], self.kv[:, layer, 1], self._keys)
+
+    def attend(self, layer: int, q: Tensor, own: Rule) -> Tensor:
+        return attend_block(q, self.kv[:, layer, 0], self.kv[:, layer, 1], self._held)
 
     def nbytes(self) -> int:
         return self.kv.untyped_storage().nbytes()

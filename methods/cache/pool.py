@@ -19,7 +19,7 @@ from kvlab.methods.cache.evicting import EvictingCache
 from kvlab.methods.cache.interface import Extra, Step
 from kvlab.methods.cache.opening import Opening
 from kvlab.methods.cache.ragged import RaggedCache
-from kvlab.methods.cache.ranking import InSlots, Rows, ranked
+from kvlab.methods.cache.ranking import InSlots, Rows, replaced
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.rope import Rotation
 
@@ -190,11 +190,11 @@ class PoolCache(RaggedCache):
         numbers = numbers.masked_fill(~valid, 0)
         layers, count = len(numbers), len(handles)
         flat = self._flatten(blocks, numbers.transpose(0, 1).flatten(1)).view(count, layers, -1)
-        self._valid = valid.unsqueeze(2)
+        self._sizes = sizes.T
         self._flat = flat.transpose(0, 1).masked_fill(~valid, 0)
         known = torch.unflatten(self._known[self._flat], -1, (self._apart, -1))
         self._positions = known[..., 0].transpose(2, 3).long()  # [K, M, heads or 1, S]
-        self._positions = self._positions.masked_fill(~self._valid, EMPTY)
+        self._positions = self._positions.masked_fill(~valid.unsqueeze(2), EMPTY)
         self._scores = known[..., -1].contiguous().view(torch.float32).transpose(2, 3).contiguous()
         self._standing: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -202,20 +202,19 @@ class PoolCache(RaggedCache):
         """Choose a row of each layer for what comes."""
         layers, count, newest = *self._flat.shape[:2], self._newest[:, None, None]
         if self._grown is None:
-            budgets = self._budgets[self._blocks(self._aim.which)[:, 0]].T[:, :, None, None]
+            budgets = self._budgets[self._blocks(self._aim.which)[:, 0]].T
             rows = Rows(
-                self._positions, self._scores if self._scored else None, newest - 1, budgets,
-                self._heads, self._layers,
+                self._positions, self._scores if self._scored else None, newest - 1,
+                budgets[:, :, None, None], self._heads, self._layers,
             )  # fmt: skip
-            ranks = ranked(self._ranking, rows, self._windows)
-            ranks = ranks.masked_fill(~self._valid, float("inf"))
-            slot = ranks.argmin(-1, keepdim=True)
+            stays = self._ranking.stays(budgets)
+            slot = replaced(self._ranking, rows, newest, stays, self._windows, self._sizes)
         else:
             slot = self._grown.expand(layers, -1).reshape(layers, count, 1, 1)
             slot = slot.expand(-1, -1, self._apart, -1)
-        self._positions.scatter_(-1, slot, newest.expand(slot.shape))
-        if self._scored:
-            self._scores.scatter_(-1, slot, 0.0)
+            self._positions.scatter_(-1, slot, newest.expand(slot.shape))
+            if self._scored:
+                self._scores.scatter_(-1, slot, 0.0)
         flat = self._flat.unsqueeze(2).expand(-1, -1, self._apart, -1)
         self._targets = flat.gather(-1, slot).squeeze(-1)  # [K, M, heads or 1]
         heads = torch.arange(self._apart, device=flat.device)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kvlab.kernels.attention import EMPTY
+from kvlab.kernels.evict import Stays, evict, rank, take, unread_last
 from kvlab.methods.budget.budget import Budget
 from kvlab.methods.cache.opening import Eviction, Opening
 from kvlab.methods.decoder.config import DecoderConfig
@@ -94,9 +93,35 @@ class Ranking(Eviction):
         """
         return torch.unflatten(mass, 1, (heads, -1)).sum(2)
 
-    @abstractmethod
+    def stays(self, budget: Tensor) -> Stays | None:
+        """What never leaves, where that and one number of each row are all that its rank is.
+
+        The number is its score where rows have any; what is `known` of it; else its position. A
+        decode step then needs no ranks. None: `rank` says what they are.
+
+        Args: budget: [B] or [n, B], past rows that each sample may keep, of n KV layers.
+        """
+        return None
+
+    def known_of(self, layers: tuple[int, ...]) -> Tensor | None:
+        """What a row at each position is worth [n or 1, B, P] float32 in KV layers; see `stays`."""
+        return None
+
     def rank(self, rows: Rows) -> Tensor:
-        """Return [..., B, H or 1, S] float32; inf on rows that stay whatever comes."""
+        """Return [..., B, H or 1, S]; inf on rows that stay whatever comes."""
+        stays = self.stays(rows.budget[..., 0, 0])
+        if stays is None:
+            raise NotImplementedError(
+                f"{type(self).__name__} says neither what stays nor its ranks"
+            )
+        return rank(rows.positions, rows.newest + 1, stays, rows.scores, self.known(rows))
+
+    def known(self, rows: Rows) -> Tensor | None:
+        """`known_of` these rows, as `kvlab.kernels.evict` takes it."""
+        found = self.known_of(rows.layers)
+        if found is None:
+            return None
+        return found[0] if rows.positions.dim() == 3 else found.expand(len(rows.positions), -1, -1)
 
     def in_slots(self) -> InSlots:
         return InSlots(self, None)
@@ -107,16 +132,32 @@ def ranked(ranking: Ranking, rows: Rows, window: int | Tensor | None) -> Tensor:
 
     Args: window: rows that no later query can read leave first; None: all can be read.
     """
-    ranks = ranking.rank(rows)
-    if window is not None:
-        lowest = torch.finfo(ranks.dtype).min
-        ranks = ranks.masked_fill(rows.positions <= rows.newest + 1 - window, lowest)
-    return ranks.masked_fill(rows.positions == EMPTY, float("-inf"))
+    return unread_last(ranking.rank(rows), rows.positions, rows.newest + 1, window)
 
 
-def by_age(rows: Rows) -> Tensor:
-    """The newest ranks highest. Exact to 2^24 positions."""
-    return rows.positions.to(torch.float32)
+def replaced(
+    ranking: Ranking,
+    rows: Rows,
+    newest: Tensor,
+    stays: Stays | None,
+    window: int | Tensor | None,
+    usable: Tensor | None,
+) -> Tensor:
+    """Enter a new row of each sample in place of that which ranks lowest; return the slots.
+
+    In place: positions [n, B, H or 1, C] and scores, as `kvlab.kernels.evict.evict` does.
+
+    Args:
+        rows: the past. newest: [B, 1, 1], positions of the new rows.
+        stays: as the ranking says it. window: see `ranked`. usable: see `Stays`.
+    """
+    if stays is None or isinstance(window, Tensor):
+        ranks = ranked(ranking, rows, window)
+        return take(ranks, rows.positions, newest, usable, rows.scores)
+    stays = stays._replace(window=window, usable=usable)
+    return evict(
+        rows.positions, newest.flatten(), stays, scores=rows.scores, known=ranking.known(rows)
+    )
 
 
 class Newest(Ranking):
@@ -126,8 +167,8 @@ class Newest(Ranking):
     not address.
     """
 
-    def rank(self, rows: Rows) -> Tensor:
-        return by_age(rows)
+    def stays(self, budget: Tensor) -> Stays:
+        return Stays()
 
 
 class All(Newest):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvlab.kernels.attention import EMPTY
-from kvlab.methods.cache.ranking import Ranking, Rows, ranked
+from kvlab.methods.cache.ranking import Ranking, Rows, ranked, replaced
 
 
 class Held(NamedTuple):
@@ -82,6 +82,8 @@ class Table:
         self.usable = int(usable.min())
         shut = torch.arange(rows) >= usable[:, None, None]
         self.shut = shut.to(device) if bool(shut.any()) else None
+        self._usable = None if self.shut is None else usable.to(device)
+        self._stays = ranking.stays(self.budget[:, 0, 0])
         self.keeps = int(budgets.max())
         self.low = self.high = 0
         self.slots = self.positions[..., :1]
@@ -159,8 +161,13 @@ class Table:
             # Nobody read them: in one pass over a prompt, layers below do not find them yet.
             shape = (*positions.shape[:-2], self.heads, positions.shape[-1])
             scores = torch.zeros(shape, device=positions.device)
-        rows = Rows(positions, scores, newest, self.budget, self.heads, layers or self.layers)
+        rows = self._rows(positions, scores, newest, layers or self.layers)
         return ranked(self.ranking, rows, window)
+
+    def _rows(
+        self, positions: Tensor, scores: Tensor | None, newest: Tensor, layers: tuple[int, ...]
+    ) -> Rows:
+        return Rows(positions, scores, newest, self.budget, self.heads, layers)
 
     def install(self, layer: int, chosen: Chosen, positions: Tensor, scores: Tensor | None) -> None:
         """Enter the rows that stay, of a layer whose slots are empty."""
@@ -188,14 +195,12 @@ class Table:
         if self.ranking.grows:
             self.slots = self.count.expand(shape)
             self.count = self.count + 1
+            self.positions.scatter_(-1, self.slots, newest.expand(shape))
+            if self.scores is not None:
+                self.scores.scatter_(-1, self.slots, 0.0)
         else:
-            ranks = self.ranks(self.positions, self.scores, newest - 1, window)
-            if self.shut is not None:
-                ranks = ranks.masked_fill(self.shut, float("inf"))
-            self.slots = ranks.argmin(-1, keepdim=True)
-        self.positions.scatter_(-1, self.slots, newest.expand(shape))
-        if self.scores is not None:
-            self.scores.scatter_(-1, self.slots, 0.0)
+            rows = self._rows(self.positions, self.scores, newest - 1, self.layers)
+            self.slots = replaced(self.ranking, rows, newest, self._stays, window, self._usable)
         self.low, self.high = min(self.low + 1, self.usable), min(self.high + 1, self.capacity)
 
     def merge(

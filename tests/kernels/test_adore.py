@@ -6,38 +6,15 @@ from typing import Literal
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from kvlab.kernels.adore import Cell, Head, advance, score
+from kvlab.kernels.adore import advance, score
 from kvlab.kernels.select import best
-from kvlab.methods.eviction.adore.controller import FARTHEST, Controller, buckets
+from kvlab.methods.eviction.adore.controller import FARTHEST, Controller, buckets, edges
 from kvlab.methods.eviction.adore.scores import ControllerScores, Fresh
-from kvlab.methods.eviction.adore.sizes import BUCKETS, ControllerConfig
+from kvlab.methods.eviction.adore.sizes import ControllerConfig
 
 CPU = torch.device("cpu")
 Position = Literal["relative", "absolute", "none"]
-
-
-def edges() -> Tensor:
-    found = buckets(torch.arange(FARTHEST + 1))
-    return torch.searchsorted(found, torch.arange(1, BUCKETS))
-
-
-def weights(controller: Controller) -> tuple[Cell, Head]:
-    c, h = controller, controller.config.hidden
-    empty = c.inner.weight[:0], c.inner.bias[:0]
-    gru = (None, None) if c.gru is None else (c.gru.weight_hh_l0, c.gru.bias_hh_l0)
-    address, query = (
-        empty if part is None else (part.weight, part.bias) for part in (c.address, c.query)
-    )
-    cell = Cell(*gru, c.inner.weight, c.inner.bias, *address, *query)
-    assert cell.inner.shape == (h, h)
-    if c.places is None:
-        return cell, Head(c.score.weight, c.score.bias)
-    places = F.linear(c.places.weight, c.inner.weight)
-    relative = c.config.position == "relative"
-    return cell, Head(c.score.weight, c.score.bias, places, edges(), relative)
 
 
 @pytest.mark.parametrize("state", ["gru", "token"])
@@ -53,18 +30,13 @@ def test_steps_are_those_of_a_controller(
     )
     controller = Controller(config)
     scores = ControllerScores(controller, batch, rows, CPU, torch.float32)
-    cell, head = weights(controller)
+    cell, head = controller.packed()
     own_state, own_memory = scores.state.clone(), scores.memory.clone()
     for newest in range(40, 44):
         places = torch.tensor([newest, newest - 30])
         embedded = torch.randn(batch, 1, width)
         scores.see(Fresh(embedded, places[:, None], torch.ones(batch, dtype=torch.long)))
-        x = F.layer_norm(embedded[:, 0], (width,))
-        if controller.gru is not None:
-            came = F.linear(x, controller.gru.weight_ih_l0, controller.gru.bias_ih_l0)
-        else:
-            assert controller.token is not None
-            came = controller.token(x)
+        came = controller.incoming(embedded[:, 0])
         query = advance(cell, came, own_state, own_memory, places)
         torch.testing.assert_close(own_state, scores.state)
         torch.testing.assert_close(own_memory, scores.memory)

@@ -89,7 +89,7 @@ def test_the_newest() -> None:
 def test_adore(layers: int) -> None:
     ranking = Adore(AdoreParams(recent=2, per="model" if layers == 1 else "layer"))
     known = torch.randint(4, (layers, BATCH, 40)).float()
-    ranking.known = ({i: i for i in range(layers)}, known)
+    ranking.current = ({i: i for i in range(layers)}, known)
     table = table_of(ranking, layers=layers, scored=False)
     recent = torch.full((BATCH,), 2)
     steps(table, stays_of(table, recent=recent), None, layers, known)

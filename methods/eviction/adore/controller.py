@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvlab import KvlabError
+from kvlab.kernels.adore import Cell, Head
 from kvlab.methods.eviction.adore.sizes import BUCKETS, CONFIG, ControllerConfig, config_of
 
 WEIGHTS = "controller.safetensors"
@@ -54,12 +55,25 @@ class Controller(nn.Module):
 
         Args: last: [B, hidden], of the token before them; None: there is none.
         """
-        x = F.layer_norm(embedded.to(self.score.weight.dtype), embedded.shape[-1:])
+        x = self._normed(embedded)
         if self.gru is None:
             assert self.token is not None
             return torch.tanh(self.token(x))
         z: Tensor = self.gru(x, None if last is None else last.unsqueeze(0).contiguous())[0]
         return z
+
+    def incoming(self, embedded: Tensor) -> Tensor:
+        """Return tokens [B, width] as `kvlab.kernels.adore.advance` takes them in."""
+        x = self._normed(embedded)
+        if self.gru is None:
+            assert self.token is not None
+            return torch.as_tensor(self.token(x))
+        weight, _, bias, _ = self.gru.all_weights[0]
+        return F.linear(x, weight, bias)
+
+    def asks(self, z: Tensor) -> Tensor:
+        """Return the queries [B, layers match] of tokens with states z [B, hidden]."""
+        return z[:, :0] if self.query is None else torch.as_tensor(self.query(z))
 
     def remember(self, z: Tensor) -> Memory:
         """Return what scores will need of tokens with states z [B, T, hidden]."""
@@ -114,6 +128,27 @@ class Controller(nn.Module):
         asked = z.gather(1, current.unsqueeze(-1).expand(-1, -1, z.shape[-1]))
         return self.logits(self.remember(z), asked, places, current)
 
+    def packed(self) -> tuple[Cell, Head]:
+        """Return the weights as kernels take them; those of now."""
+        none = self.inner.weight[:0], self.inner.bias[:0]
+        address, query = (
+            none if part is None else (part.weight, part.bias)
+            for part in (self.address, self.query)
+        )
+        cell = Cell(None, None, self.inner.weight, self.inner.bias, *address, *query)
+        if self.gru is not None:
+            _, weight, _, bias = self.gru.all_weights[0]
+            cell = cell._replace(hidden=weight, hidden_bias=bias)
+        if self.places is None:
+            return cell, Head(self.score.weight, self.score.bias)
+        table = F.linear(self.places.weight, self.inner.weight)
+        begun = edges().to(table.device)
+        relative = self.config.position == "relative"
+        return cell, Head(self.score.weight, self.score.bias, table, begun, relative)
+
+    def _normed(self, embedded: Tensor) -> Tensor:
+        return F.layer_norm(embedded.to(self.score.weight.dtype), embedded.shape[-1:])
+
     def nbytes(self) -> int:
         return sum(p.numel() * p.element_size() for p in self.parameters())
 
@@ -133,6 +168,11 @@ def buckets(places: Tensor) -> Tensor:
     doublings = torch.log2(far / exact) / torch.log2(torch.tensor(FARTHEST / exact))
     wide = exact + (doublings * (BUCKETS - exact - 1)).long()
     return torch.where(places < exact, places.clamp_min(0), wide)
+
+
+def edges() -> Tensor:
+    """Return where each of the `buckets` but the first begins: [BUCKETS - 1]."""
+    return torch.searchsorted(buckets(torch.arange(FARTHEST + 1)), torch.arange(1, BUCKETS))
 
 
 def load(folder: Path, device: torch.device) -> Controller:

@@ -36,7 +36,7 @@ class Log:
         self.ids = torch.zeros(batch, self._rows + 1, dtype=torch.int32, device=device)
         self.known = torch.full((count, *self.ids.shape), float("-inf"), device=device)
         self.number = {kv: i if count > 1 else 0 for i, kv in enumerate(sorted(layers))}
-        ranking.known = self.number, self.known
+        ranking.current = self.number, self.known
 
     def see(self, step: Step) -> None:
         """Take in a pass's tokens; the last of each sequence is the current one."""
@@ -135,7 +135,7 @@ class Log:
             everywhere = (len(positions), *self.ids.shape)
             lacks = torch.ones(everywhere, dtype=torch.bool, device=own.device)
             lacks = lacks.scatter_(2, place, False)[:, :, :count] & past
-            known = self._ranking.of(layers[: len(positions)])[:, :, :count]
+            known = self._ranking.known_of(layers[: len(positions)])[:, :, :count]
             found = torch.where(lacks, known, float("-inf")).amax(0)
             scores, away = torch.maximum(scores, found), away | lacks.any(0)
         return scores, away

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from kvlab import KvlabError
+from kvlab.kernels.evict import Stays
 from kvlab.methods.budget.budget import Budget
 from kvlab.methods.cache.opening import Opening
-from kvlab.methods.cache.ranking import Ranking, Rows
+from kvlab.methods.cache.ranking import Ranking
 from kvlab.methods.eviction.adore.controller import Controller, load
 from kvlab.methods.eviction.adore.params import AdoreParams
 from kvlab.methods.eviction.adore.scores import ControllerScores, MassScores, Scores
@@ -30,7 +31,7 @@ class Adore(Ranking):
     """
 
     params: AdoreParams
-    known: tuple[dict[int, int], Tensor]
+    current: tuple[dict[int, int], Tensor]
     """KV layer -> its number; and by number [L, B, rows + 1] float32 the scores that count now, by
     position. `AdoreCache` keeps them."""
 
@@ -79,16 +80,12 @@ class Adore(Ranking):
             )
         return ControllerScores(controller, batch, rows, device, opening.dtype)
 
-    def rank(self, rows: Rows) -> Tensor:
-        place = rows.positions.clamp_min(0)
-        known = self.of(rows.layers) if place.dim() == 4 else self.of(rows.layers)[0]
-        known = known.unsqueeze(-2).expand(*place.shape[:-1], -1)
-        old = rows.positions <= rows.newest - self.params.recent
-        return torch.where(old, known.gather(-1, place), float("inf"))
+    def stays(self, budget: Tensor) -> Stays:
+        return Stays(recent=torch.full_like(budget, self.params.recent))
 
-    def of(self, layers: tuple[int, ...]) -> Tensor:
+    def known_of(self, layers: tuple[int, ...]) -> Tensor:
         """The scores [n, B, rows + 1] that count now in KV layers; once where all score alike."""
-        numbers, known = self.known
+        numbers, known = self.current
         found = [numbers[layer] for layer in layers]
         if len(known) == 1 or found == list(range(len(known))):
             return known

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kvlab.kernels.adore import Cell, Head, advance, answers, score
 from kvlab.methods.eviction.adore.controller import Controller, Memory
 
 
@@ -106,21 +108,37 @@ class ControllerScores(Scores):
             batch, rows, c.layers, device, memory=c.remembered, dtype=dtype, state=c.hidden
         )
         self._controller = controller
+        self._packed = _packed(controller) if answers(self.memory) else None
+        self._query = self.state[:, :0]
 
     def see(self, fresh: Fresh) -> None:
+        if self._packed is not None and fresh.embedded.shape[1] == 1:
+            came, place = self._controller.incoming(fresh.embedded[:, 0]), fresh.positions[:, 0]
+            self._query = advance(self._packed[0], came, self.state, self.memory, place)
+            return
         z = self._controller.states(fresh.embedded, self.state)
         came = torch.cat(self._controller.remember(z), dim=-1).to(self.memory.dtype)
         self.memory.scatter_(1, fresh.positions.unsqueeze(-1).expand_as(came), came)
         last = (fresh.counts - 1).clamp_min(0)[:, None, None].expand(-1, 1, z.shape[-1])
         any_came = (fresh.counts > 0).unsqueeze(-1)
         self.state.copy_(torch.where(any_came, z.gather(1, last)[:, 0], self.state))
+        if self._packed is not None:
+            self._query = self._controller.asks(self.state)
 
     def every(self, count: int, newest: Tensor) -> Tensor:
+        if self._packed is not None:
+            return score(self._packed[1], self.memory, self._query, newest[:, 0], count)
         places = torch.arange(count, device=self.device).unsqueeze(0)
         memory = self.memory[:, :count]
         return self._score(memory, places, newest, slice(None)).transpose(0, 1)
 
     def of(self, layer: int, positions: Tensor, newest: Tensor) -> Tensor:
+        if self._packed is not None:
+            head, match = self._packed[1], self._controller.config.match
+            own = slice(layer, layer + 1)
+            head = head._replace(weight=head.weight[own], bias=head.bias[own])
+            query = self._query[:, layer * match : (layer + 1) * match]
+            return score(head, self.memory, query, newest[:, 0], positions)[0]
         memory = at(self.memory, positions)
         return self._score(memory, positions, newest, slice(layer, layer + 1))[:, 0]
 
@@ -156,6 +174,12 @@ class MassScores(Scores):
 
     def of(self, layer: int, positions: Tensor, newest: Tensor) -> Tensor:
         return self._mass[layer].gather(1, positions)
+
+
+@lru_cache(maxsize=4)
+@torch.no_grad()
+def _packed(controller: Controller) -> tuple[Cell, Head]:
+    return controller.packed()
 
 
 def at(kept: Tensor, positions: Tensor) -> Tensor:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from kvlab.methods.cache.ranking import Ranking, Rows
+from kvlab.kernels.evict import Stays
+from kvlab.methods.cache.ranking import Ranking
 from kvlab.methods.eviction.h2o.params import H2OParams
 
 
@@ -28,9 +28,6 @@ class H2O(Ranking):
     def voters(self, prompt: bool) -> slice | None:
         return slice(None) if prompt or not self.grows else None
 
-    def rank(self, rows: Rows) -> Tensor:
-        assert rows.scores is not None
+    def stays(self, budget: Tensor) -> Stays:
         # Half a row up: 7 of 12 is 7, whatever 7 / 12 rounds to.
-        recent = (rows.budget * self.params.recent + 0.5).floor()
-        old = rows.positions <= rows.newest - recent
-        return torch.where(old, rows.scores, float("inf"))
+        return Stays(recent=(budget * self.params.recent + 0.5).floor().long())

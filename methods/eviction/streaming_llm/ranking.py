@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kvlab.kernels.evict import Stays
 from kvlab.methods.axis import Method
 from kvlab.methods.cache.ephemeral import one_pass
 from kvlab.methods.cache.interface import Cache
-from kvlab.methods.cache.ranking import Ranking, Rows, by_age
+from kvlab.methods.cache.ranking import Ranking
 from kvlab.methods.cache.windows import ReadsWindow, window_of
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.eviction.streaming_llm.params import StreamingParams
@@ -24,8 +25,8 @@ class StreamingLLM(Ranking):
         self.in_cache = params.positions == "cache"
         self.by_turn = params.turns
 
-    def rank(self, rows: Rows) -> Tensor:
-        return by_age(rows).masked_fill(rows.positions < self.params.sinks, float("inf"))
+    def stays(self, budget: Tensor) -> Stays:
+        return Stays(sinks=self.params.sinks)
 
     def scoring(
         self, config: DecoderConfig, method: Method, passes: int | None = None

@@ -24,10 +24,19 @@ class Case(NamedTuple):
 
 
 def case(
-    shape: tuple[int, ...], by: str, *, free: float = 0.3, group: int = 2, window: bool = False
+    shape: tuple[int, ...],
+    by: str,
+    *,
+    free: float = 0.3,
+    group: int = 2,
+    window: bool = False,
+    each: bool = False,
 ) -> Case:
-    """Rows in shuffled slots, some of them free, with many ties; sums are exact in any order."""
-    capacity = shape[-1]
+    """Rows in shuffled slots, some of them free, with many ties; sums are exact in any order.
+
+    Args: each: what stays differs from layer to layer.
+    """
+    capacity, counts = shape[-1], shape[:-2] if each else (BATCH,)
     positions = torch.rand(*shape[:-1], 2 * capacity).argsort(-1)[..., :capacity]
     positions = positions.masked_fill(torch.rand(shape) < free, EMPTY)
     newest = torch.full((BATCH,), 2 * capacity) + torch.arange(BATCH)
@@ -41,10 +50,10 @@ def case(
     elif by == "known":
         given["known"] = torch.randint(4, (*shape[:-2], 2 * capacity + BATCH)).float()
     stays = Stays(
-        recent=torch.randint(0, capacity + 1, (BATCH,)),
+        recent=torch.randint(0, capacity + 1, counts),
         sinks=random.randint(0, 4),
         window=random.randint(1, 2 * capacity) if window else None,
-        usable=torch.randint(1, capacity + 1, (BATCH,)),
+        usable=torch.randint(1, capacity + 1, counts),
     )
     return Case(positions, newest, stays, given)
 
@@ -81,7 +90,8 @@ def test_slots(device: torch.device, shape: tuple[int, ...], by: str, window: bo
         shape = (*shape[:-2], 1, shape[-1])
     for free in (0.0, 0.3, 1.0):
         for group in (1, 4):
-            same(device, case(shape, by, free=free, group=group, window=window))
+            each = group > 1
+            same(device, case(shape, by, free=free, group=group, window=window, each=each))
 
 
 @pytest.mark.parametrize("by", ["age", "scores", "known"])
