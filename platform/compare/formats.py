@@ -13,6 +13,8 @@ _COUNTS = ((1e9, "B"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 _FLOPS = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1.0, ""))
 MOST_DIGITS = 9
 """Digits after the point at most."""
+TINY = 1e-6
+"""Below it a value is written with a power of ten: its digits would be zeros."""
 WHOLE_BYTES = 10_240
 """Below this many bytes, bytes are counted out."""
 
@@ -28,10 +30,12 @@ def number_text(metric: Metric, number: Number) -> str:
 def value_text(metric: Metric, value: float, sd: float | None = None) -> str:
     """A value with its unit, and its spread in the same unit and with the same digits."""
     scale, unit = _scale(metric, value)
-    digits = _digits(value / scale, metric)
-    text = f"{value / scale:,.{digits}f}"
+    form = f",.{_digits(value / scale, metric)}f"
+    if 0 < abs(value / scale) < TINY:
+        form = ".2e"
+    text = f"{value / scale:{form}}"
     if sd is not None:
-        text += f" ± {sd / scale:,.{digits}f}"
+        text += f" ± {sd / scale:{form}}"
     return f"{text} {unit}".rstrip()
 
 

@@ -12,6 +12,7 @@ from kvlab.platform.compare.metrics import METRICS
     ("name", "value", "text"),
     [
         ("kl", 0.0, "0"),
+        ("kl", 1.656e-15, "1.66e-15"),
         ("kl", 0.000331, "0.000331"),
         ("kl", 0.0408, "0.0408"),
         ("kl", 0.9721, "0.972"),
