@@ -182,9 +182,9 @@ class Broker:
 
     @property
     def over(self) -> bool:
-        """Whether nobody will get another point."""
+        """Whether nobody will get another point, and `ask` has no error to raise either."""
         with self._changed:
-            return not (self._again or self._ready) and self._over()
+            return not (self._again or self._ready or self._error) and self._over()
 
     def tell(
         self,

@@ -15,6 +15,7 @@ import pytest
 from kvlab import KvlabError
 from kvlab.platform.search.broker import Broker
 from kvlab.platform.search.importance import importances
+from kvlab.platform.search.proposals import Proposals
 from kvlab.platform.search.rows import Direction, Point, Row
 from kvlab.platform.search.samplers import SAMPLERS
 from kvlab.platform.search.space import Dimension, Space
@@ -336,3 +337,21 @@ def test_a_partial_point_that_cannot_be_is_left_out(make: Callable[..., Broker])
     points = [point.values["m"] for point in play(broker)]
     assert len(points) == 2
     assert 64 not in points
+
+
+def test_a_study_whose_sampler_broke_is_not_over_before_somebody_heard(
+    make: Callable[..., Broker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(self: Proposals) -> None:
+        raise ZeroDivisionError("in the sampler")
+
+    monkeypatch.setattr(Proposals, "ask", ask)
+    broker = make(NUMBERS, ahead=1)
+    broker.start()
+    end = perf_counter() + 20
+    while not broker.ready and perf_counter() < end:
+        pass
+    assert broker.ready
+    assert not broker.over
+    with pytest.raises(ZeroDivisionError):
+        broker.ask()
