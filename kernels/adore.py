@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvlab.kernels.choice import fused
+from kvlab.kernels.given import refuse_unlike
 
 INTEGERS = (torch.int32, torch.int64)
 KEPT = (torch.float32, torch.bfloat16, torch.float16)
@@ -73,11 +74,11 @@ def advance(cell: Cell, came: Tensor, state: Tensor, memory: Tensor, newest: Ten
     Raises:
         ValueError: shapes, dtypes or devices that do not go together.
     """
-    refuse_cell(cell, came, state, memory, newest)
     if fused(came):
         from kvlab.kernels.gpu import adore as gpu
 
         return gpu.advance(cell, came, state, memory, newest)
+    refuse_cell(cell, came, state, memory, newest)
     if cell.hidden is None:
         state.copy_(came.tanh())
     else:
@@ -107,11 +108,11 @@ def score(
     Raises:
         ValueError: shapes, dtypes or devices that do not go together.
     """
-    refuse_head(head, memory, query, newest, positions)
     if fused(memory):
         from kvlab.kernels.gpu import adore as gpu
 
         return gpu.score(head, memory, query, newest, positions)
+    refuse_head(head, memory, query, newest, positions)
     hidden = head.weight.shape[1]
     if isinstance(positions, int):
         rows = memory[:, :positions].float()
@@ -137,22 +138,22 @@ def refuse_cell(cell: Cell, came: Tensor, state: Tensor, memory: Tensor, newest:
     batch, h = state.shape
     m, asked = len(cell.address), len(cell.query)
     gates = 1 if cell.hidden is None else 3
-    _refuse("state", state, (batch, h), state)
-    _refuse("came", came, (batch, gates * h), state)
+    refuse_unlike("state", state, (batch, h), state)
+    refuse_unlike("came", came, (batch, gates * h), state)
     for name, weight, bias, rows in (
         ("hidden", cell.hidden, cell.hidden_bias, 3 * h),
         ("inner", cell.inner, cell.inner_bias, h),
         ("address", cell.address, cell.address_bias, m),
         ("query", cell.query, cell.query_bias, asked),
     ):
-        _refuse(f"cell.{name}", weight, (rows, h), state, packed=True)
-        _refuse(f"cell.{name}_bias", bias, (rows,), state, packed=True)
+        refuse_unlike(f"cell.{name}", weight, (rows, h), state, packed=True)
+        refuse_unlike(f"cell.{name}_bias", bias, (rows,), state, packed=True)
     if (cell.hidden is None) != (cell.hidden_bias is None):
         raise ValueError("cell.hidden_bias: must come with cell.hidden")
     if asked % max(m, 1):
         raise ValueError(f"cell.query: must have a multiple of {m} rows, found {asked}")
     _refuse_memory(memory, (batch, h + m), state)
-    _refuse("newest", newest, (batch,), state, INTEGERS)
+    refuse_unlike("newest", newest, (batch,), state, INTEGERS)
 
 
 def refuse_head(
@@ -163,49 +164,28 @@ def refuse_head(
         raise ValueError(f"head.weight: must be float32 [L, h], found {list(head.weight.shape)}")
     layers, h = head.weight.shape
     batch, m = len(query), query.shape[-1] // max(layers, 1)
-    _refuse("head.weight", head.weight, (layers, h), memory, packed=True)
-    _refuse("head.bias", head.bias, (layers,), memory, packed=True)
-    _refuse("query", query, (batch, layers * m), memory)
+    refuse_unlike("head.weight", head.weight, (layers, h), memory, packed=True)
+    refuse_unlike("head.bias", head.bias, (layers,), memory, packed=True)
+    refuse_unlike("query", query, (batch, layers * m), memory)
     _refuse_memory(memory, (batch, h + m), query)
-    _refuse("newest", newest, (batch,), memory, INTEGERS)
+    refuse_unlike("newest", newest, (batch,), memory, INTEGERS)
     if (head.places is None) != (head.edges is None):
         raise ValueError("head.edges: must come with head.places")
     if head.places is not None:
         buckets = len(head.places)
         if buckets < 2 or buckets & (buckets - 1):
             raise ValueError(f"head.places: must be a power of two of buckets, found {buckets}")
-        _refuse("head.places", head.places, (buckets, h), memory, packed=True)
-        _refuse("head.edges", head.edges, (buckets - 1,), memory, INTEGERS, packed=True)
+        refuse_unlike("head.places", head.places, (buckets, h), memory, packed=True)
+        refuse_unlike("head.edges", head.edges, (buckets - 1,), memory, INTEGERS, packed=True)
     if not isinstance(positions, int):
         rows = positions.shape[-1] if positions.dim() == 2 else 0
-        _refuse("positions", positions, (batch, rows), memory, INTEGERS)
+        refuse_unlike("positions", positions, (batch, rows), memory, INTEGERS)
     elif not 0 <= positions <= memory.shape[1]:
         raise ValueError(f"positions: must be up to {memory.shape[1]}, found {positions}")
 
 
 def _refuse_memory(memory: Tensor, outer: tuple[int, int], beside: Tensor) -> None:
     places = memory.shape[1] if memory.dim() == 3 else 0
-    _refuse("memory", memory, (outer[0], places, outer[1]), beside, KEPT)
+    refuse_unlike("memory", memory, (outer[0], places, outer[1]), beside, KEPT)
     if memory.stride(2) != 1:
         raise ValueError(f"memory: numbers of a token must be neighbours, found {memory.stride()}")
-
-
-def _refuse(
-    name: str,
-    tensor: Tensor | None,
-    shape: tuple[int, ...],
-    beside: Tensor,
-    dtypes: tuple[torch.dtype, ...] = (torch.float32,),
-    *,
-    packed: bool = False,
-) -> None:
-    """Refuse a tensor of another shape, dtype or device, or one with gaps."""
-    if tensor is None:
-        return
-    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
-        wanted = f"{' or '.join(str(dtype) for dtype in dtypes)} {list(shape)}"
-        raise ValueError(f"{name}: must be {wanted}, found {tensor.dtype} {list(tensor.shape)}")
-    if tensor.device != beside.device:
-        raise ValueError(f"{name}: must lie on {beside.device}, found {tensor.device}")
-    if packed and not tensor.is_contiguous():
-        raise ValueError(f"{name}: must be contiguous, found strides {tensor.stride()}")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvlab.kernels.attention import EMPTY
 from kvlab.kernels.choice import fused
+from kvlab.kernels.given import refuse_unlike
 
 INTEGERS = (torch.int32, torch.int64)
 
@@ -61,11 +62,11 @@ def evict(
     Raises:
         ValueError: shapes, dtypes or devices that do not go together.
     """
-    refuse(positions, newest, stays, scores, mass, known)
     if fused(positions):
         from kvlab.kernels.gpu import evict as gpu
 
         return gpu.evict(positions, newest, stays, scores=scores, mass=mass, known=known)
+    refuse(positions, newest, stays, scores, mass, known)
     if scores is not None and mass is not None:
         scores[..., : mass.shape[2]] += torch.unflatten(mass, 1, (scores.shape[1], -1)).sum(2)
     newest = newest.view(-1, 1, 1)
@@ -99,8 +100,6 @@ def evict_and_write(
     Returns:
         The slots [B, H or 1, 1].
     """
-    refuse(positions, newest, stays, scores, mass, known)
-    refuse_rows(cache_k, cache_v, k, v, positions)
     if fused(positions):
         from kvlab.kernels.gpu import evict as gpu
 
@@ -108,6 +107,8 @@ def evict_and_write(
             cache_k, cache_v, k, v, positions, newest, stays,
             scores=scores, mass=mass, known=known,
         )  # fmt: skip
+    refuse(positions, newest, stays, scores, mass, known)
+    refuse_rows(cache_k, cache_v, k, v, positions)
     slots = evict(positions, newest, stays, scores=scores, mass=mass, known=known)
     write(cache_k, cache_v, k, v, slots)
     return slots
@@ -115,12 +116,12 @@ def evict_and_write(
 
 def write(cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
     """Write one new row into slots [B, H or 1, 1]; see `evict_and_write`."""
-    refuse_rows(cache_k, cache_v, k, v, slots)
     if fused(slots):
         from kvlab.kernels.gpu import evict as gpu
 
         gpu.write(cache_k, cache_v, k, v, slots)
         return
+    refuse_rows(cache_k, cache_v, k, v, slots)
     for cache, row in ((cache_k, k), (cache_v, v)):
         rows = row.repeat_interleave(cache.shape[1] // row.shape[1], 1)
         cache.scatter_(2, slots.unsqueeze(-1).expand(rows.shape), rows)
@@ -188,24 +189,26 @@ def refuse(
     if not positions.shape[-1]:
         raise ValueError("positions: must have a slot at least, found none")
     shape, batch = positions.shape, positions.shape[-3]
-    _refuse("newest", newest, (batch,), INTEGERS, positions)
+    refuse_unlike("newest", newest, (batch,), positions, INTEGERS)
     for name, counts in (("stays.recent", stays.recent), ("stays.usable", stays.usable)):
         by_layer = counts is not None and counts.dim() == 2
-        _refuse(name, counts, tuple(shape[:-2]) if by_layer else (batch,), INTEGERS, positions)
+        refuse_unlike(
+            name, counts, tuple(shape[:-2]) if by_layer else (batch,), positions, INTEGERS
+        )
     if stays.window is not None and stays.window < 1:
         raise ValueError(f"stays.window: must be 1 or more, found {stays.window}")
     if scores is not None and known is not None:
         raise ValueError("known: must be None where scores are given")
-    _refuse("scores", scores, tuple(shape), (torch.float32,), positions)
+    refuse_unlike("scores", scores, tuple(shape), positions)
     if known is not None:
         scored = (*shape[:-2], known.shape[-1] if known.dim() else 0)
-        _refuse("known", known, scored, (torch.float32,), positions)
+        refuse_unlike("known", known, scored, positions)
     if mass is None:
         return
     if scores is None or scores.dim() != 3:
         raise ValueError("mass: must come with the scores [B, H, C] of one layer")
     heads, slots = (mass.shape[1], mass.shape[2]) if mass.dim() == 3 else (0, 0)
-    _refuse("mass", mass, (batch, heads, slots), (torch.float32,), positions)
+    refuse_unlike("mass", mass, (batch, heads, slots), positions)
     if not heads or heads % shape[1] or slots > shape[2]:
         wanted = f"a multiple of {shape[1]} heads and up to {shape[2]} slots"
         raise ValueError(f"mass: must have {wanted}, found {list(mass.shape)}")
@@ -222,7 +225,7 @@ def refuse_rows(cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor, slots: T
         batch, heads, _, dim = cache.shape
         if not row.shape[1] or heads % row.shape[1]:
             raise ValueError(f"{name}: must have a divisor of {heads} heads, found {row.shape[1]}")
-        _refuse(name, row, (batch, row.shape[1], 1, dim), (cache.dtype,), cache)
+        refuse_unlike(name, row, (batch, row.shape[1], 1, dim), cache, (cache.dtype,))
         if cache.device != slots.device:
             raise ValueError(f"{name}: must lie on {slots.device}, found {cache.device}")
     batch, heads, capacity, _ = cache_k.shape
@@ -233,20 +236,3 @@ def refuse_rows(cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor, slots: T
     if not fits or slots.shape[2] not in (1, capacity):
         wanted = f"[{batch}, {heads} or 1, {capacity} positions, or 1 slot]"
         raise ValueError(f"positions or slots: must be {wanted}, found {list(slots.shape)}")
-
-
-def _refuse(
-    name: str,
-    tensor: Tensor | None,
-    shape: tuple[int, ...],
-    dtypes: tuple[torch.dtype, ...],
-    beside: Tensor,
-) -> None:
-    """Refuse a tensor of another shape, dtype or device."""
-    if tensor is None:
-        return
-    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
-        wanted = f"{' or '.join(str(dtype) for dtype in dtypes)} {list(shape)}"
-        raise ValueError(f"{name}: must be {wanted}, found {tensor.dtype} {list(tensor.shape)}")
-    if tensor.device != beside.device:
-        raise ValueError(f"{name}: must lie on {beside.device}, found {tensor.device}")

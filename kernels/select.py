@@ -26,11 +26,11 @@ def best(
     Raises:
         ValueError: shapes, dtypes or devices that do not go together.
     """
-    refuse_scores(scores, most, budgets)
     if fused(scores):
         from kvlab.kernels.gpu import select as gpu
 
         return gpu.best(scores, most, above=above, budgets=budgets)
+    refuse_scores(scores, most, budgets)
     count = scores.shape[-1]
     counts = scores > above
     found = scores.masked_fill(~counts, float("-inf")).sort(dim=-1, descending=True, stable=True)
@@ -59,11 +59,11 @@ def beside(q_positions: Tensor, held: Tensor, others: Tensor) -> tuple[Tensor, T
     Raises:
         ValueError: shapes, dtypes or devices that do not go together.
     """
-    refuse_positions(q_positions, held, others)
     if fused(held):
         from kvlab.kernels.gpu import select as gpu
 
         return gpu.beside(q_positions, held, others)
+    refuse_positions(q_positions, held, others)
     twice = (held.unsqueeze(-1) == others.unsqueeze(-2)).any(-2)
     keys = torch.cat((held, torch.where(twice, EMPTY, others)), dim=1).long()
     return keys, CAUSAL.allows(q_positions, keys)

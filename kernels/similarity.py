@@ -72,12 +72,12 @@ def add_with_cosine(before: Tensor, delta: Tensor, valid: Tensor | None = None) 
     Raises:
         ValueError: shapes, devices or dtypes that do not go together.
     """
-    refuse_streams("delta", before, delta)
-    refuse_valid(before, valid)
     if fused(before):
         from kvlab.kernels.gpu import cosine as gpu
 
         return gpu.add_with_cosine(before, delta, valid)
+    refuse_streams("delta", before, delta)
+    refuse_valid(before, valid)
     after = before + delta
     cosine = residual_cosine(before, after)
     counted = torch.ones_like(cosine) if valid is None else valid.float()

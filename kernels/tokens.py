@@ -31,11 +31,11 @@ def attend_block(q: Tensor, k: Tensor, v: Tensor, held: Tensor | None = None) ->
         ValueError: shapes, strides, dtypes or devices that do not go together; more than 128 rows,
             or more than 256 numbers in one.
     """
-    refuse(q, k, v, held)
     if fused(q):
         from kvlab.kernels.gpu import tokens as gpu
 
         return gpu.attend_block(q, k, v, held)
+    refuse(q, k, v, held)
     if held is None:
         return attend(q, k, v, q.new_zeros(len(q), 1, dtype=torch.long), None)[0]
     rows = torch.arange(k.shape[2], device=q.device)

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from time import perf_counter
 from typing import Literal
 
 import torch
+
+from kvlab.platform.bench.line import seconds
 
 GIB = 1 << 30
 FLUSHED = 2
@@ -71,7 +72,7 @@ class Clock:
         """
         if self.device.type != "cuda":
             action()
-            return Timing([_seconds(action) for _ in range(3)], "clock")
+            return Timing([seconds(action) for _ in range(3)], "clock")
         with torch.inference_mode():
             action()  # compiles
             torch.cuda.synchronize()
@@ -168,9 +169,3 @@ def _between(action: Callable[[], object]) -> float:
 
 def _nothing() -> None:
     """What a graph of flushes alone does beside them."""
-
-
-def _seconds(action: Callable[[], object]) -> float:
-    start = perf_counter()
-    action()
-    return perf_counter() - start

@@ -18,6 +18,7 @@ from typing import Any
 from kvlab import KvlabError
 from kvlab.db.store import Store
 from kvlab.platform.bench.line import Line, middle
+from kvlab.platform.compare.studies import REFERENCE
 from kvlab.platform.home import Home
 from kvlab.platform.search.broker import Broker
 from kvlab.platform.search.described import space_of
@@ -31,8 +32,6 @@ SHARE = 0.95
 SEEDS = 20
 MOST = 200
 """Trials after which a search is given up."""
-REFERENCE = 1.1
-"""Where the box ends: a tenth beyond the worst of the surface, in normalised losses."""
 CHEAP = 0.125
 """What a cheap trial costs of a whole one: an eighth of the text."""
 CHEAP_TRIALS = 64
