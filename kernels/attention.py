@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from kvlab.kernels.choice import fused
 from kvlab.kernels.precision import working_dtype
+from kvlab.kernels.quantise import FLOAT8
+from kvlab.kernels.stored import Stored
 
 EMPTY = -1
 """The position of a row that holds nothing: padding, or a cache slot not yet written."""
@@ -52,6 +55,8 @@ class Rule:
 
 
 CAUSAL = Rule()
+CODES = (torch.int8, torch.uint8, FLOAT8)
+"""Dtypes of rows that are stored in 8 bits; bytes are 8-bit floats."""
 MOST_SHARES = 1 << 24
 """Probabilities that are held at a time where the key mass is asked for: 64 MiB."""
 
@@ -64,7 +69,8 @@ def attend(
     k_positions: Tensor | None,
     rule: Rule = CAUSAL,
     mass_rows: slice | None = None,
-    mask: Tensor | None = None,
+    mask: Callable[[], Tensor | None] | None = None,
+    stored: Stored | None = None,
     *,
     each: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
@@ -82,56 +88,72 @@ def attend(
             without empty rows), so that no mask is needed.
         rule: what a query may read.
         mass_rows: also return each key's attention summed over these query rows of T.
-        mask: `rule.allows(q_positions, k_positions)` where the caller has it already (layers share
-            it); a kernel that masks from positions ignores it.
+        mask: returns what `rule` allows by these positions, where layers share it; asked only where
+            a mask is needed.
+        stored: how keys and values lie: k and v are then rows of a pool (`Stored.table`), int8
+            codes, or 8-bit floats (float8_e4m3fn or its bytes; none is NaN). On CUDA no row is
+            copied.
         each: return the attention of every one of those rows, not their sum.
 
     Returns:
-        out [B, H, T, D_v], zero for a query that may read nothing; and the key mass
-        [B, H, S] in float32 ([B, H, rows, S] if `each`), or None.
+        out [B, H, T, D_v] in the dtype of q, zero for a query that may read nothing; and the key
+        mass [B, H, S] in float32 ([B, H, rows, S] if `each`), or None.
+
+    Raises:
+        ValueError: on CUDA, an argument does not fit the others.
     """
     rows = q.shape[2]
-    packed = q_positions is None and k_positions is None and mask is None
+    packed = q_positions is None and k_positions is None
     causal = packed and rule.is_causal(rows)
-    plain = mass_rows is None and (causal or (packed and rule.is_causal(rows, by=1)))
-    if not plain and _fusible(q, k, v, q_positions, k_positions, mask, each):
+    shifted = packed and rule.is_causal(rows, by=1)
+    plain = mass_rows is None and stored is None and (causal or shifted)
+    if not plain and _fusible(q, k, v, stored, each):
         from kvlab.kernels.gpu.attention import attend as attend_fused
 
-        return attend_fused(q, k, v, q_positions, k_positions, rule, mass_rows)
-    if packed and mass_rows is None and rule.is_causal(rows, by=1):
+        return attend_fused(q, k, v, q_positions, k_positions, rule, mass_rows, stored)
+    held = None
+    if stored is not None:
+        k, v = stored.rows(k, v, q.dtype)
+        held = stored.held(k.shape[2])
+        causal = causal and held is None
+    if mass_rows is None and shifted and held is None:
         # Row t reads what row t - 1 of an ordinary causal pass reads, and row 0 nothing.
         out, _ = attend(q[:, :, 1:], k[:, :, :-1], v[:, :, :-1], None, None)
         return F.pad(out, (0, 0, 1, 0)), None
-    if mask is None and not causal:
-        if q_positions is None:
-            q_positions = torch.arange(rows, device=q.device).unsqueeze(0)
-            k_positions = q_positions if k_positions is None else k_positions
-        if k_positions is not None:
-            mask = rule.allows(q_positions, k_positions)
+    allowed = None
+    if not causal:
+        allowed = _allowed(q, q_positions, k_positions, rule) if mask is None else mask()
+    if held is not None:
+        allowed = held.unsqueeze(2) if allowed is None else allowed & held.unsqueeze(2)
+        allowed = allowed.expand(-1, -1, rows, -1)
     if mass_rows is None:
-        return _attend(q, k, v, mask, causal), None
-    return _attend_seen(q, k, v, mask, causal, range(rows)[mass_rows], each)
+        return _attend(q, k, v, allowed, causal), None
+    return _attend_seen(q, k, v, allowed, causal, range(rows)[mass_rows], each)
 
 
-def _fusible(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_positions: Tensor | None,
-    k_positions: Tensor | None,
-    mask: Tensor | None,
-    each: bool,
-) -> bool:
-    """Whether our kernels can answer: without gradients, from positions, in the dtype as it is."""
+def _allowed(
+    q: Tensor, q_positions: Tensor | None, k_positions: Tensor | None, rule: Rule
+) -> Tensor | None:
+    """The mask [B, 1 or H_kv, T, S] by positions; None: every query may read every key."""
+    if q_positions is None:
+        q_positions = torch.arange(q.shape[2], device=q.device).unsqueeze(0)
+        k_positions = q_positions if k_positions is None else k_positions
+    return None if k_positions is None else rule.allows(q_positions, k_positions)
+
+
+def _fusible(q: Tensor, k: Tensor, v: Tensor, stored: Stored | None, each: bool) -> bool:
+    """Whether our kernels can answer: without gradients, in the dtype as it is."""
     if not fused(q) or each:
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return False
-    if mask is not None and k_positions is None:
-        return False
     dtype = working_dtype(q)
-    return dtype in (torch.float32, torch.bfloat16, torch.float16) and all(
-        x.dtype == dtype and x.shape[-1] <= 256 for x in (q, k, v)
+    known = (dtype,) if stored is None else (dtype, *CODES)
+    return (
+        q.dtype == dtype
+        and dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and all(x.dtype in known for x in (k, v))
+        and all(x.shape[-1] <= 256 for x in (q, k, v))
     )
 
 

@@ -1,4 +1,4 @@
-"""Attention over a cache's rows as they lie: in 8 bits, in a pool of rows, not yet rotated."""
+"""How a cache's rows lie: in 8 bits, in a pool of rows, not yet rotated."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvlab.kernels.attention import CAUSAL, EMPTY, Rule, attend
-from kvlab.kernels.choice import fused
 from kvlab.kernels.quantise import FLOAT8, from_float8
 
 
@@ -46,55 +44,21 @@ class Stored:
     lengths: Tensor | None = None
     turn: Turn | None = None
 
+    def rows(self, k: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return copies [B, H_kv, S, D] of keys and values as `attend` takes them without this."""
+        scales = [self.k_scale, self.v_scale]
+        if self.table is not None:
+            k, v = _gathered(k, self.table), _gathered(v, self.table)
+            scales = [scale if scale is None else _gathered(scale, self.table) for scale in scales]
+        k, v = (_decoded(x, scale, dtype) for x, scale in zip((k, v), scales, strict=True))
+        return (k if self.turn is None else _turned(k, self.turn)), v
 
-def attend_stored(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_positions: Tensor | None,
-    k_positions: Tensor | None,
-    stored: Stored,
-    rule: Rule = CAUSAL,
-    mass_rows: slice | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """`attend` over rows as they are stored: no row is rewritten, and on CUDA none is copied.
-
-    Args:
-        q: [B, H, T, D].
-        k, v: [B, H_kv, S, D] and [B, H_kv, S, D_v], or rows of a pool (`Stored.table`), in the
-            dtype of q, as int8 codes or as 8-bit floats (float8_e4m3fn or its bytes; none is NaN).
-        q_positions, k_positions, rule, mass_rows: as in `attend`.
-
-    Returns:
-        As `attend`: out [B, H, T, D_v] in the dtype of q, and the key mass [B, H, S] or None.
-
-    Raises:
-        ValueError: on CUDA, an argument does not fit the others.
-    """
-    if fused(q):
-        from kvlab.kernels.gpu.attention import attend as attend_fused
-
-        return attend_fused(q, k, v, q_positions, k_positions, rule, mass_rows, stored)
-    if stored.table is not None:
-        k, v = _gathered(k, stored.table), _gathered(v, stored.table)
-    scales = [stored.k_scale, stored.v_scale]
-    if stored.table is not None:
-        scales = [scale if scale is None else _gathered(scale, stored.table) for scale in scales]
-    k, v = (_decoded(x, scale, q.dtype) for x, scale in zip((k, v), scales, strict=True))
-    if stored.turn is not None:
-        k = _turned(k, stored.turn)
-    if stored.lengths is None:
-        return attend(q, k, v, q_positions, k_positions, rule, mass_rows)
-    places = torch.arange(k.shape[2], device=k.device)
-    lengths = stored.lengths if stored.lengths.dim() == 2 else stored.lengths.unsqueeze(1)
-    held = places < lengths.unsqueeze(-1)
-    if k_positions is None and q_positions is not None:
-        mask = held.unsqueeze(2).expand(-1, -1, q.shape[2], -1)
-        return attend(q, k, v, q_positions, None, rule, mass_rows, mask)
-    k_positions = places.expand(len(k), 1, -1) if k_positions is None else k_positions
-    k_positions = k_positions.unsqueeze(1) if k_positions.dim() == 2 else k_positions
-    k_positions = k_positions.expand(len(k), k.shape[1], -1).masked_fill(~held, EMPTY)
-    return attend(q, k, v, q_positions, k_positions, rule, mass_rows)
+    def held(self, rows: int) -> Tensor | None:
+        """Which of so many rows hold something by `lengths`, [B, H_kv or 1, S]; None: all may."""
+        if self.lengths is None:
+            return None
+        lengths = self.lengths if self.lengths.dim() == 2 else self.lengths.unsqueeze(1)
+        return torch.arange(rows, device=lengths.device) < lengths.unsqueeze(-1)
 
 
 def _gathered(pool: Tensor, table: Tensor) -> Tensor:
@@ -107,7 +71,8 @@ def _gathered(pool: Tensor, table: Tensor) -> Tensor:
 def _decoded(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     if x.dtype in (torch.uint8, FLOAT8):
         x = from_float8(x.view(torch.uint8), dtype)
-    return x.to(dtype) if scale is None else x.to(dtype) * scale
+    x = x.to(dtype)
+    return x if scale is None else x * scale
 
 
 def _turned(k: Tensor, turn: Turn) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kvlab.kernels.attention import CAUSAL, Rule
+from kvlab.kernels.attention import CAUSAL, CODES, Rule
 from kvlab.kernels.gpu.forward import combine, forward
 from kvlab.kernels.gpu.mass import weigh
 from kvlab.kernels.quantise import FLOAT8
@@ -22,7 +22,6 @@ WEIGHED = 64
 """Query rows of a tile for the mass."""
 PLAIN = Stored()
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-CODES = (torch.int8, torch.uint8, FLOAT8)
 INTEGERS = (torch.int32, torch.int64)
 WIDEST = 256
 """Numbers in a head."""
@@ -36,11 +35,11 @@ def attend(
     k_positions: Tensor | None,
     rule: Rule = CAUSAL,
     mass_rows: slice | None = None,
-    stored: Stored = PLAIN,
+    stored: Stored | None = None,
     *,
     parts: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `kvlab.kernels.stored.attend_stored` says, without gradients.
+    """What `kvlab.kernels.attention.attend` says, without gradients.
 
     Args:
         parts: into how many parts the keys are divided for programs of their own; None: so many
@@ -50,6 +49,7 @@ def attend(
         ValueError: an argument has a shape, dtype or device that does not fit.
     """
     batch, heads, rows, dim = q.shape
+    stored = PLAIN if stored is None else stored
     paged = stored.table is not None
     kv_heads, keys = k.shape[1], stored.table.shape[-1] if stored.table is not None else k.shape[2]
     _check(q, k, v, q_positions, k_positions, stored, keys)

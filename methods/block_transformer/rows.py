@@ -79,8 +79,8 @@ class BlockRows(Cache):
         return Keys(k, v, None)
 
     def attend(self, layer: int, q: Tensor, own: Rule) -> Tensor:
-        k, v, _ = self.read(layer)
-        return attend_block(q, k, v)
+        keys = self.read(layer)
+        return attend_block(q, keys.k, keys.v)
 
     def finish(self) -> None:
         self._held += self._arriving

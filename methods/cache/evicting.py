@@ -115,15 +115,16 @@ class EvictingCache(Cache):
         if not self._seen:
             return None if fresh is None else Keys(*fresh, self._step.positions)
         table = self._table[layer]
-        k, v = self._storage[layer].get(table.high)
+        k, v, stored = self._storage[layer].lying(table.high)
         if self._stepping() and table.exact() and not self._masked:
-            return Keys(k, v, None)
+            return Keys(k, v, None, stored)
         held = table.at(layer)[..., : table.high]
         if fresh is not None:
-            k, v = torch.cat((k, fresh[0]), dim=2), torch.cat((v, fresh[1]), dim=2)
+            k, v = Keys(k, v, None, stored).rows(fresh[0].dtype)
+            k, v, stored = torch.cat((k, fresh[0]), dim=2), torch.cat((v, fresh[1]), dim=2), None
             own = self._positions().unsqueeze(1).expand(-1, held.shape[1], -1)
             held = torch.cat((held, own), dim=-1)
-        return Keys(k, v, held if held.shape[1] > 1 else table.once(layer, held))
+        return Keys(k, v, held if held.shape[1] > 1 else table.once(layer, held), stored)
 
     def rotary_positions(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         if not self._seen:

@@ -6,10 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from kvlab import KvlabError
 from kvlab.kernels.attention import Rule
+from kvlab.kernels.stored import Stored
 
 
 class Step(NamedTuple):
@@ -40,16 +42,21 @@ class Extra(NamedTuple):
 class Keys(NamedTuple):
     """What a layer's queries may read.
 
-    k [B, H_kv, S, D], v [B, H_kv, S, D_v]; positions [B, S] or [B, H_kv, S], EMPTY on empty rows.
-    Rows may be in any order and S may differ from layer to layer. Layers whose keys have the same
-    positions return the same tensor object, so that the mask is made once. positions None: in a
-    packed step, the rows are exactly this step's, in order; in a step with positions, every query
-    may read every row (see `attend`).
+    k [B, H_kv, S, D], v [B, H_kv, S, D_v], or as `stored` says how they lie (see `attend`);
+    positions [B, S] or [B, H_kv, S], EMPTY on empty rows. Rows may be in any order and S may differ
+    from layer to layer. Layers whose keys have the same positions return the same tensor object, so
+    that the mask is made once. positions None: in a packed step, the rows are exactly this step's,
+    in order; in a step with positions, every query may read every row.
     """
 
     k: Tensor
     v: Tensor
     positions: Tensor | None
+    stored: Stored | None = None
+
+    def rows(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return keys [B, H_kv, S, D] and values [B, H_kv, S, D_v] as numbers."""
+        return (self.k, self.v) if self.stored is None else self.stored.rows(self.k, self.v, dtype)
 
 
 class Cache(ABC):

@@ -138,9 +138,9 @@ class SlotCache(Cache):
         store = self._layers[layer]
         table = store.table
         if layer not in self._written:
-            return Keys(*store.storage.get(table.before), table.past) if table.before else None
+            return _keys(store.storage, table.before, table.past) if table.before else None
         if store.fresh is None:
-            return Keys(*store.storage.get(table.held), table.readable)
+            return _keys(store.storage, table.held, table.readable)
         k, v = store.fresh
         if table.held:
             past_k, past_v = store.storage.get(table.held)
@@ -208,6 +208,11 @@ class SlotCache(Cache):
                 "padding between the turns of a conversation would push out rows that count: with "
                 "sliding windows give turns of one length, or one sequence at a time"
             )
+
+
+def _keys(storage: Storage, rows: int, positions: Tensor | None) -> Keys:
+    k, v, stored = storage.lying(rows)
+    return Keys(k, v, positions, stored)
 
 
 def _index(numbers: list[int], device: torch.device) -> slice | Tensor:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kvlab.kernels.stored import Stored
+
 
 class Space(NamedTuple):
     """What a storage is made for: [batch, heads, rows, head_dim] keys, and as many values."""
@@ -63,6 +65,10 @@ class Storage(ABC):
     @abstractmethod
     def get(self, rows: int) -> tuple[Tensor, Tensor]:
         """Return keys and values [B, H_kv, rows, D] of the first slots, in the model's dtype."""
+
+    def lying(self, rows: int) -> tuple[Tensor, Tensor, Stored | None]:
+        """Return what `get` does without a copy, and how it lies, as `attend` takes them."""
+        return *self.get(rows), None
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:

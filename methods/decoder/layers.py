@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,12 +13,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kvlab.kernels.attention import Rule, attend
+from kvlab.kernels.choice import fused
 from kvlab.kernels.norm import rms_norm
 from kvlab.kernels.precision import working_dtype
 from kvlab.kernels.query import project
+from kvlab.kernels.stored import Stored, Turn
 from kvlab.methods.cache.interface import Cache, Keys
 from kvlab.methods.decoder.config import DecoderConfig
-from kvlab.methods.decoder.rope import Rotation
+from kvlab.methods.decoder.rope import Rotation, by_place
 
 Onward = Literal["all", "last", "none"]
 """Which rows go on from a layer: all; the last alone; none: only their keys and values are kept."""
@@ -45,6 +49,7 @@ class Pass:
         self._packed = self.places if positions is None else None
         self._masks: dict[tuple[int, Rule], tuple[Tensor, Tensor]] = {}
         self._rotations: dict[int, tuple[Tensor, Rotation]] = {}
+        self._by_place: dict[int, tuple[Tensor, Tensor]] = {}
 
     def last_row(self, like: Tensor) -> Pass:
         """Return the same pass for its last row alone, which reads the keys of all of them."""
@@ -65,17 +70,32 @@ class Pass:
             known = self._rotations[id(positions)] = positions, rotation
         return known[1](x)
 
+    def turned(self, keys: Keys, positions: Tensor, dtype: torch.dtype) -> Keys:
+        """Rotate keys that a cache keeps unrotated: in the kernel, or a copy of them.
+
+        Args: positions: [B, (H_kv,) S], each less than S.
+        """
+        if fused(keys.k):
+            rows = positions.shape[-1]
+            if rows not in self._by_place:
+                self._by_place[rows] = by_place(self.frequencies, rows)
+            turn = Turn(positions, *self._by_place[rows])
+            return keys._replace(stored=replace(keys.stored or Stored(), turn=turn))
+        k, v = keys.rows(dtype)
+        return Keys(self.rotated(k, positions), v, keys.positions)
+
+    def standing(self, rule: Rule, k_positions: Tensor | None) -> Tensor | None:
+        """Where keys stand, as `attend` takes it: the last of packed rows needs to know."""
+        if k_positions is not None or self._packed is None or self.positions is None:
+            return k_positions
+        return None if rule.is_causal(self._packed.shape[1]) else self._packed
+
     def mask(self, rule: Rule, k_positions: Tensor | None) -> Tensor | None:
         """The mask of these keys, made once for all layers whose keys have the same positions.
 
-        None where there is nothing to mask, or where `attend` knows the mask of packed rows.
+        None where there is nothing to mask.
         """
-        keys = k_positions
-        if keys is None and self._packed is not None:
-            rows = self._packed.shape[1]
-            if rule.is_causal(rows) or (self.positions is None and rule.is_causal(rows, by=1)):
-                return None
-            keys = self._packed
+        keys = self._packed if k_positions is None and self.positions is None else k_positions
         if keys is None:
             return None
         known = self._masks.get((id(keys), rule))
@@ -143,15 +163,17 @@ class Attention(nn.Module):
         if keys is None:
             nothing = q.new_zeros(len(q), q.shape[2], self.heads * self.head_dim)
             return self.out(nothing), None
-        cache, (k, v, k_positions) = step.cache, keys
+        cache = step.cache
         if cache.rotates:
             for_queries, for_keys = cache.rotary_positions(self.source, step.places)
-            q, k = step.rotated(q, for_queries), step.rotated(k, for_keys)
+            q, keys = step.rotated(q, for_queries), step.turned(keys, for_keys, q.dtype)
         rule = cache.rule(self.layer, self.rule)
         mass_rows = cache.key_mass_rows(self.layer) if step.final else None
+        standing = step.standing(rule, keys.positions)
         out, key_mass = attend(
-            q, k, v, step.positions, k_positions, rule,
-            mass_rows=mass_rows, mask=step.mask(rule, k_positions), each=cache.sees_each,
+            q, keys.k, keys.v, step.positions, standing, rule,
+            mass_rows=mass_rows, mask=partial(step.mask, rule, standing), stored=keys.stored,
+            each=cache.sees_each,
         )  # fmt: skip
         return self.out(out.transpose(1, 2).flatten(2)), key_mass
 
@@ -259,7 +281,7 @@ class Layer(nn.Module):
             after = x + attention.read(q, read, step)[0]
             return after, self._fed(x, after)
 
-        after, out = _checkpoint(rest, x, *(() if keys is None else keys[:2]))
+        after, out = _checkpoint(rest, x, *(() if keys is None else keys.rows(x.dtype)))
         if step.final:
             cache.observe(self.layer, x, after, None)
         return torch.as_tensor(out)

@@ -44,6 +44,16 @@ def signed_frequencies(config: DecoderConfig) -> Tensor:
     return torch.cat((-f, f))
 
 
+def by_place(frequencies: Tensor, places: int) -> tuple[Tensor, Tensor]:
+    """The cosine and sine [places, rotary_dim / 2] in float32 of every pair at places 0, 1, ...
+
+    Args: frequencies: `signed_frequencies`.
+    """
+    pairs = frequencies[len(frequencies) // 2 :]
+    angles = torch.arange(places, device=pairs.device).unsqueeze(1) * pairs
+    return angles.cos(), angles.sin()
+
+
 class Rotation:
     """The cosines and sines of one set of positions, shared by all layers of a pass.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kvlab.kernels.stored import Stored
 from kvlab.methods.cache.storage import Space, Storage, put_rows
 
 
@@ -22,15 +23,11 @@ class RowStorage(Storage):
 
     @abstractmethod
     def empty(self, space: Space) -> dict[str, Tensor]:
-        """Return the parts [B, H_kv, C, ...] of rows that hold nothing yet."""
+        """Return the parts [B, H_kv, C, ...] of empty rows: `codes`, maybe `scale`."""
 
     @abstractmethod
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """Return the parts [B, H_kv, n, ...] of rows [B, H_kv, n, D]."""
-
-    @abstractmethod
-    def decode(self, parts: dict[str, Tensor]) -> Tensor:
-        """Return the rows [B, H_kv, n, D] of parts, in the model's dtype."""
 
     def put(self, slots: slice | Tensor, k: Tensor, v: Tensor) -> None:
         for kept, rows in ((self.k, k), (self.v, v)):
@@ -38,11 +35,14 @@ class RowStorage(Storage):
                 put_rows(kept[name], slots, part)
 
     def get(self, rows: int) -> tuple[Tensor, Tensor]:
+        k, v, stored = self.lying(rows)
+        return stored.rows(k, v, self.dtype)
+
+    def lying(self, rows: int) -> tuple[Tensor, Tensor, Stored]:
         k, v = (
-            self.decode({name: part[:, :, :rows] for name, part in kept.items()})
-            for kept in (self.k, self.v)
+            {name: part[:, :, :rows] for name, part in kept.items()} for kept in (self.k, self.v)
         )
-        return k, v
+        return k["codes"], v["codes"], Stored(k.get("scale"), v.get("scale"))
 
     def state(self) -> dict[str, Tensor]:
         parts = (("k", self.k), ("v", self.v))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -312,14 +312,16 @@ class _Pass:
         """Attend with a layer's queries to what the cache holds for it."""
         keys = self.cache.read(layer)
         assert keys is not None
-        k, v, k_positions = keys
+        k, v, k_positions, stored = keys
         if self.cache.rotates:
+            (k, v), stored = keys.rows(q.dtype), None
             for_queries, for_keys = self.cache.rotary_positions(layer, self.places)
             q, k = self._turned(q, for_queries), self._turned(k, for_keys)
         rule = self.cache.rule(layer, own)
         return attend(
             q, k, v, self.positions, k_positions, rule,
-            mass_rows=self.cache.key_mass_rows(layer), mask=self._mask(rule, k_positions),
+            mass_rows=self.cache.key_mass_rows(layer),
+            mask=partial(self._mask, rule, k_positions), stored=stored,
         )  # fmt: skip
 
     def _turned(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -330,11 +332,7 @@ class _Pass:
 
     def _mask(self, rule: Rule, k_positions: Tensor | None) -> Tensor | None:
         """The mask of these keys, made once for all layers whose keys have the same positions."""
-        keys = k_positions
-        if keys is None and self._packed is not None:
-            if rule.is_causal(self.rows):
-                return None
-            keys = self._packed
+        keys = self._packed if k_positions is None else k_positions
         if keys is None:
             return None
         known = self._masks.get((id(keys), rule))

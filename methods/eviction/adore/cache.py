@@ -81,7 +81,8 @@ class AdoreCache(EvictingCache):
             self._read[layer] = keys.positions
         if keys is None or beside is None:
             return keys
-        k, v = torch.cat((keys.k, beside[0]), dim=2), torch.cat((keys.v, beside[1]), dim=2)
+        k, v = keys.rows(beside[0].dtype)
+        k, v = torch.cat((k, beside[0]), dim=2), torch.cat((v, beside[1]), dim=2)
         return Keys(k, v, self._joined(layer, keys))
 
     def key_mass_rows(self, layer: int) -> slice | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvlab.kernels.quantise import from_float8, quantise_float8, to_float8
+from kvlab.kernels.quantise import quantise_float8, to_float8
 from kvlab.methods.cache.storage import Space
 from kvlab.methods.precision.by_row import RowStorage
 from kvlab.methods.precision.fp8.params import Fp8Params
@@ -28,7 +28,3 @@ class Fp8(RowStorage):
             return {"codes": to_float8(x).view(torch.uint8)}
         codes, scale = quantise_float8(x)
         return {"codes": codes.view(torch.uint8), "scale": scale}
-
-    def decode(self, parts: dict[str, Tensor]) -> Tensor:
-        x = from_float8(parts["codes"], self.dtype)
-        return x.mul_(parts["scale"]) if "scale" in parts else x

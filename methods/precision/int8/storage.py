@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvlab.kernels.quantise import dequantise, quantise_symmetric
+from kvlab.kernels.quantise import quantise_symmetric
 from kvlab.methods.cache.storage import Space
 from kvlab.methods.precision.by_row import RowStorage
 
@@ -24,6 +24,3 @@ class Int8(RowStorage):
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         codes, scale = quantise_symmetric(x)
         return {"codes": codes, "scale": scale}
-
-    def decode(self, parts: dict[str, Tensor]) -> Tensor:
-        return dequantise(parts["codes"], parts["scale"])

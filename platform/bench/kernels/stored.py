@@ -8,9 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from kvlab.kernels.attention import attend
 from kvlab.kernels.choice import torch_only
 from kvlab.kernels.quantise import FLOAT8
-from kvlab.kernels.stored import Stored, Turn, attend_stored
+from kvlab.kernels.stored import Stored, Turn
 from kvlab.platform.bench.kernels.case import Bench, Case, sdpa
 from kvlab.platform.bench.kernels.decode import (
     HEADS,
@@ -124,9 +125,9 @@ def case_of(
     moved: int,
     rivals: dict[str, Callable[[], object]],
 ) -> Case:
-    """A case of `attend_stored`."""
+    """A case of rows as they lie."""
     q, k, v = given
-    ours = partial(attend_stored, q, k, v, now(q), None, stored)
+    ours = partial(attend, q, k, v, now(q), None, stored=stored)
     return Case(
         kernel,
         point,
@@ -160,4 +161,4 @@ def exact(q: Tensor, k: Tensor, v: Tensor, stored: Stored, at: list[int]) -> lis
         if k.dtype == q.dtype:
             k, v = k.float(), v.float()
     with torch_only():
-        return [attend_stored(q[at].float(), k, v, now(q[at]), None, own)[0]]
+        return [attend(q[at].float(), k, v, now(q[at]), None, stored=own)[0]]

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from kvlab.kernels.attention import EMPTY, Rule
+from kvlab.kernels.attention import attend as twin
 from kvlab.kernels.quantise import FLOAT8, quantise_float8, quantise_symmetric, to_float8
-from kvlab.kernels.stored import Stored, Turn, attend_stored
+from kvlab.kernels.stored import Stored, Turn
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
@@ -79,7 +80,8 @@ def check(
     from kvlab.kernels.gpu.attention import attend
 
     out, mass = attend(q, k, v, p, j, rule, SEEN, stored, parts=parts)
-    exact, shares = attend_stored(*(_exact(x) for x in (q, k, v, p, j, stored)), rule, SEEN)
+    given = (_exact(x) for x in (q, k, v, p, j))
+    exact, shares = twin(*given, rule, SEEN, stored=_exact(stored))
     close = TOLERANCE[q.dtype]
     assert out.dtype == q.dtype
     torch.testing.assert_close(out.double().cpu(), exact, rtol=close, atol=close)
