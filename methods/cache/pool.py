@@ -13,15 +13,17 @@ from torch import Tensor
 
 from kvlab import KvlabError
 from kvlab.kernels.attention import EMPTY, Rule, attend
+from kvlab.kernels.choice import fused
+from kvlab.kernels.stored import Stored
 from kvlab.methods.axis import Method
 from kvlab.methods.cache.arena import Space
 from kvlab.methods.cache.evicting import EvictingCache
-from kvlab.methods.cache.interface import Extra, Step
+from kvlab.methods.cache.interface import Extra, Keys, Step
 from kvlab.methods.cache.opening import Opening
 from kvlab.methods.cache.ragged import RaggedCache
 from kvlab.methods.cache.ranking import InSlots, Rows, replaced
 from kvlab.methods.decoder.config import DecoderConfig
-from kvlab.methods.decoder.rope import Rotation
+from kvlab.methods.decoder.rope import Rotations
 
 
 class Prompt:
@@ -81,6 +83,7 @@ class PoolCache(RaggedCache):
         assert step.positions is not None
         aim = self._aim = self.aimed
         self._prompts = []
+        self._rotations = Rotations(self._frequencies)
         ends = self.batch.ends.tolist() if aim.prompts else []
         for number, rows in aim.prompts:
             length, end = rows.stop - rows.start, self._method.positions(ends[number])
@@ -238,23 +241,31 @@ class PoolCache(RaggedCache):
     def _attend_past(self, layer: int, q: Tensor, own: Rule) -> Tensor:
         """Attend with [M, H, T, D] to the requests' own slots."""
         place = self._place[self._config.kv_of[layer]]
-        k, v, positions = self._held(place)
+        keys = self._held(place)
         if self.rotates:
-            for_queries, for_keys = self._stand(place, positions)
-            q, k = self._turned(q, for_queries), self._turned(k, for_keys)
-        out, mass = attend(q, k, v, self._asking, positions, own, self._wanted)
+            assert keys.positions is not None
+            for_queries, for_keys = self._stand(place, keys.positions)
+            q = self._rotations(q, for_queries)
+            keys = self._rotations.keys(keys, for_keys, q)
+        out, mass = attend(
+            q, keys.k, keys.v, self._asking, keys.positions, own, self._wanted, stored=keys.stored
+        )
         if mass is not None:
             self._credit(place, mass)
         return out
 
-    def _held(self, place: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values [M, heads, S, D] of a KV layer, and where they stand [M, (heads,) S]."""
+    def _held(self, place: int) -> Keys:
+        """The rows of a KV layer, [M, heads, S, D]: where they lie in the pool, or a copy."""
         columns = len(self._columns[place])
         flat = self._flat[place, :, :columns]
+        positions = self._positions[place, ..., :columns]
+        positions = positions if self._apart > 1 else positions[:, 0]
+        if fused(self._kv):
+            k, v = self._kv.chunk(2, dim=-1)
+            return Keys(k, v, positions, Stored(table=flat))
         rows = torch.unflatten(self._kv.index_select(0, flat.flatten()), 0, flat.shape)
         k, v = rows.transpose(1, 2).chunk(2, dim=-1)
-        positions = self._positions[place, ..., :columns]
-        return k, v, positions if self._apart > 1 else positions[:, 0]
+        return Keys(k, v, positions)
 
     def _credit(self, place: int, mass: Tensor) -> None:
         """Hear what attention [M, H, S] the rows of a KV layer received."""
@@ -277,13 +288,10 @@ class PoolCache(RaggedCache):
         k = keys.k
         if self.rotates:
             places = torch.arange(q.shape[2], device=q.device).unsqueeze(0)
-            q, k = self._turned(q, places), self._turned(k, places)
+            q, k = self._rotations(q, places), self._rotations(k, places)
         rule, wanted = cache.rule(layer, own), cache.key_mass_rows(layer)
         out, prompt.mass[layer] = attend(q, k, keys.v, None, keys.positions, rule, wanted)
         return out
-
-    def _turned(self, x: Tensor, positions: Tensor) -> Tensor:
-        return Rotation(self._frequencies, positions, x.dtype)(x)
 
     def _commit(self, prompt: Prompt) -> None:
         """Give a prompt's rows that stay their slots."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -13,14 +12,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kvlab.kernels.attention import Rule, attend
-from kvlab.kernels.choice import fused
 from kvlab.kernels.norm import rms_norm
 from kvlab.kernels.precision import working_dtype
 from kvlab.kernels.query import project
-from kvlab.kernels.stored import Stored, Turn
 from kvlab.methods.cache.interface import Cache, Keys
 from kvlab.methods.decoder.config import DecoderConfig
-from kvlab.methods.decoder.rope import Rotation, by_place
+from kvlab.methods.decoder.rope import Rotation, Rotations
 
 Onward = Literal["all", "last", "none"]
 """Which rows go on from a layer: all; the last alone; none: only their keys and values are kept."""
@@ -44,12 +41,11 @@ class Pass:
         else:
             self.places = positions
         self.rotation = Rotation(frequencies, self.places, working_dtype(like))
+        self.rotations = Rotations(frequencies)
         self.final = True
         # Where keys stand that come without positions: those of packed rows.
         self._packed = self.places if positions is None else None
         self._masks: dict[tuple[int, Rule], tuple[Tensor, Tensor]] = {}
-        self._rotations: dict[int, tuple[Tensor, Rotation]] = {}
-        self._by_place: dict[int, tuple[Tensor, Tensor]] = {}
 
     def last_row(self, like: Tensor) -> Pass:
         """Return the same pass for its last row alone, which reads the keys of all of them."""
@@ -58,31 +54,8 @@ class Pass:
         return last
 
     def rotated(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotate x [B, H, T, D] to positions that a cache gave; their angles are worked out once.
-
-        `positions` are kept beside the rotation so that their id stays theirs.
-        """
-        if positions is self.places:
-            return self.rotation(x)
-        known = self._rotations.get(id(positions))
-        if known is None:
-            rotation = Rotation(self.frequencies, positions, x.dtype)
-            known = self._rotations[id(positions)] = positions, rotation
-        return known[1](x)
-
-    def turned(self, keys: Keys, positions: Tensor, dtype: torch.dtype) -> Keys:
-        """Rotate keys that a cache keeps unrotated: in the kernel, or a copy of them.
-
-        Args: positions: [B, (H_kv,) S], each less than S.
-        """
-        if fused(keys.k):
-            rows = positions.shape[-1]
-            if rows not in self._by_place:
-                self._by_place[rows] = by_place(self.frequencies, rows)
-            turn = Turn(positions, *self._by_place[rows])
-            return keys._replace(stored=replace(keys.stored or Stored(), turn=turn))
-        k, v = keys.rows(dtype)
-        return Keys(self.rotated(k, positions), v, keys.positions)
+        """Rotate x [B, H, T, D] to positions that a cache gave."""
+        return self.rotation(x) if positions is self.places else self.rotations(x, positions)
 
     def standing(self, rule: Rule, k_positions: Tensor | None) -> Tensor | None:
         """Where keys stand, as `attend` takes it: the last of packed rows needs to know."""
@@ -166,7 +139,8 @@ class Attention(nn.Module):
         cache = step.cache
         if cache.rotates:
             for_queries, for_keys = cache.rotary_positions(self.source, step.places)
-            q, keys = step.rotated(q, for_queries), step.turned(keys, for_keys, q.dtype)
+            q = step.rotated(q, for_queries)
+            keys = step.rotations.keys(keys, for_keys, q)
         rule = cache.rule(self.layer, self.rule)
         mass_rows = cache.key_mass_rows(self.layer) if step.final else None
         standing = step.standing(rule, keys.positions)

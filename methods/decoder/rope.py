@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from kvlab.kernels.choice import fused
 from kvlab.kernels.query import rotate
+from kvlab.kernels.stored import Stored, Turn
+from kvlab.methods.cache.interface import Keys
 from kvlab.methods.decoder.config import DecoderConfig, RopeScaling
 
 
@@ -44,16 +48,6 @@ def signed_frequencies(config: DecoderConfig) -> Tensor:
     return torch.cat((-f, f))
 
 
-def by_place(frequencies: Tensor, places: int) -> tuple[Tensor, Tensor]:
-    """The cosine and sine [places, rotary_dim / 2] in float32 of every pair at places 0, 1, ...
-
-    Args: frequencies: `signed_frequencies`.
-    """
-    pairs = frequencies[len(frequencies) // 2 :]
-    angles = torch.arange(places, device=pairs.device).unsqueeze(1) * pairs
-    return angles.cos(), angles.sin()
-
-
 class Rotation:
     """The cosines and sines of one set of positions, shared by all layers of a pass.
 
@@ -71,3 +65,43 @@ class Rotation:
     def __call__(self, x: Tensor) -> Tensor:
         """Rotate x [B, H, T, D]; dimensions past `rotary_dim` pass through."""
         return rotate(x, self.cos, self.sin)
+
+
+class Rotations:
+    """Rotations to positions that a cache gives, each worked out once for all layers of a pass."""
+
+    def __init__(self, frequencies: Tensor) -> None:
+        """Args: frequencies: `signed_frequencies`."""
+        self._frequencies = frequencies
+        # Positions are kept beside their rotation, so that their id stays theirs.
+        self._known: dict[int, tuple[Tensor, Rotation]] = {}
+        self._by_place: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotate x [B, H, T, D] to positions [B, T] or [B, H, T]."""
+        known = self._known.get(id(positions))
+        if known is None:
+            rotation = Rotation(self._frequencies, positions, x.dtype)
+            known = self._known[id(positions)] = positions, rotation
+        return known[1](x)
+
+    def keys(self, keys: Keys, positions: Tensor, q: Tensor) -> Keys:
+        """Rotate keys that are kept unrotated: a copy of them, or for few queries as they are read.
+
+        Args:
+            positions: [B, S] or [B, H_kv, S], each less than S.
+            q: [B, H, T, D], what will read them.
+        """
+        if fused(keys.k) and q.shape[2] < positions.shape[-1]:
+            turn = Turn(positions, *self._places(positions.shape[-1]))
+            return keys._replace(stored=replace(keys.stored or Stored(), turn=turn))
+        k, v = keys.rows(q.dtype)
+        return Keys(self(k, positions), v, keys.positions)
+
+    def _places(self, count: int) -> tuple[Tensor, Tensor]:
+        """The cosine and sine [count, rotary_dim / 2] of every pair at places 0, 1, ..."""
+        if count not in self._by_place:
+            pairs = self._frequencies[len(self._frequencies) // 2 :]
+            angles = torch.arange(count, device=pairs.device).unsqueeze(1) * pairs
+            self._by_place[count] = angles.cos(), angles.sin()
+        return self._by_place[count]

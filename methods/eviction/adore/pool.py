@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvlab.kernels.attention import EMPTY
-from kvlab.methods.cache.interface import Extra, Step
+from kvlab.methods.cache.interface import Extra, Keys, Step
 from kvlab.methods.cache.pool import PoolCache, Prompt
 from kvlab.methods.eviction.adore.cache import AdoreCache
 from kvlab.methods.eviction.adore.log import Log, lacking
@@ -77,14 +77,18 @@ class AdorePool(PoolCache):
         self._asking = torch.cat((newest, others), dim=1)
         self._others = lacking(others, self._positions[:, :, 0])
 
-    def _held(self, place: int) -> tuple[Tensor, Tensor, Tensor]:
-        k, v, positions = super()._held(place)
+    def _held(self, place: int) -> Keys:
+        keys = super()._held(place)
+        positions = keys.positions
+        assert positions is not None
         if self._extra is not None:
             beside = self._beside[self._layers[place]]
+            k, v = keys.rows(beside[0].dtype)
             k, v = torch.cat((k, beside[0]), dim=2), torch.cat((v, beside[1]), dim=2)
             positions = torch.cat((positions, self._others[place]), dim=1)
+            keys = Keys(k, v, positions)
         self._read = positions
-        return k, v, positions
+        return keys
 
     def _credit(self, place: int, mass: Tensor) -> None:
         number = self._log.number[self._layers[place]]

@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvlab.methods.axis import Method
 from kvlab.methods.build import build
+from kvlab.methods.cache import pool
 from kvlab.methods.cache.ragged import Batch
+from kvlab.methods.decoder import rope
 from kvlab.methods.decoder.config import DecoderConfig, llama
 from kvlab.methods.model import LanguageModel
 from kvlab.methods.registry import resolve
@@ -171,6 +173,19 @@ def played(model: LanguageModel, apply: dict[str, Any], longest: int = LIMIT) ->
 @pytest.mark.parametrize("name", METHODS)
 def test_requests_are_what_they_are_alone(name: str) -> None:
     played(model_of(resolve({})), METHODS[name])
+
+
+@pytest.mark.parametrize("name", [*METHODS, *ADORE])
+def test_rows_are_read_where_they_lie(
+    controllers: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA, where attention takes the pool and the numbers of rows; see `Stored.table`."""
+    for module in (pool, rope):
+        monkeypatch.setattr(module, "fused", lambda x: True)
+    apply = METHODS.get(name) or {
+        "adore": adore(controllers, ADORE[name]), "uniform": {"tokens": 6}
+    }  # fmt: skip
+    played(model_of(resolve({})), apply)
 
 
 def adore(controllers: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class Shuffled(Log):
     """Hands out the rows of every layer in an order of its own."""
 
     def read(self, layer: int) -> Keys:
-        k, v, positions = super().read(layer)
+        k, v, positions, _ = super().read(layer)
         assert positions is not None
         order = torch.randperm(k.shape[2])
         return Keys(k[:, :, order], v[:, :, order], positions[:, order])
@@ -74,7 +74,7 @@ class PerHead(Log):
     """Every KV head has its rows in its own order, with empty slots among them."""
 
     def read(self, layer: int) -> Keys:
-        k, v, positions = super().read(layer)
+        k, v, positions, _ = super().read(layer)
         assert positions is not None
         heads, rows = k.shape[1], k.shape[2]
         orders = torch.stack([torch.randperm(rows + 3) for _ in range(heads)])
@@ -128,7 +128,7 @@ class Rebuilding(Log):
         super().write(layer, k[:, :, keep], v[:, :, keep], positions[:, keep])
 
     def read(self, layer: int) -> Keys:
-        k, v, positions = super().read(layer)
+        k, v, positions, _ = super().read(layer)
         other = self.beside[layer]
         assert positions is not None
         assert other.positions is not None
@@ -225,7 +225,7 @@ class HeavyHitters(Log):
 
     def observe(self, layer: int, before: Tensor, after: Tensor, key_mass: Tensor | None) -> None:
         assert key_mass is not None
-        k, v, positions = self.rows[layer]
+        k, v, positions, _ = self.rows[layer]
         assert positions is not None
         heads, rows = k.shape[1], k.shape[2]
         mass = key_mass.unflatten(1, (heads, -1)).sum(2)
@@ -276,7 +276,7 @@ class Masked(Log):
         return slice(None)
 
     def read(self, layer: int) -> Keys:
-        k, v, positions = super().read(layer)
+        k, v, positions, _ = super().read(layer)
         assert positions is not None
         gone = self.gone[layer, :, : k.shape[2]].unsqueeze(0)
         return Keys(k, v, positions.unsqueeze(1).masked_fill(gone, EMPTY))
@@ -326,7 +326,7 @@ class Snapshot(Log):
         assert (key_mass is not None) == (self.prompt and layer > 0)
         if key_mass is None:
             return
-        k, v, positions = self.rows[layer]
+        k, v, positions, _ = self.rows[layer]
         assert positions is not None
         self.asked.append(layer)
         old = k.shape[2] - self.window

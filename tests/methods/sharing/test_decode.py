@@ -86,7 +86,7 @@ class Scattered(Cache):
         joined = self.joined(layer)
         if joined is None:
             return None
-        k, v, positions = joined
+        k, v, positions, _ = joined
         assert positions is not None
         order = torch.randperm(k.shape[2] + 2)
         poison = torch.full_like(k[:, :, :1], 1e3).expand(-1, -1, 2, -1)
