@@ -70,9 +70,12 @@ def _gathered(pool: Tensor, table: Tensor) -> Tensor:
 
 def _decoded(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     if x.dtype in (torch.uint8, FLOAT8):
-        x = from_float8(x.view(torch.uint8), dtype)
-    x = x.to(dtype)
-    return x if scale is None else x * scale
+        wide = from_float8(x.view(torch.uint8), dtype)
+    else:
+        wide = x.to(dtype)
+    if scale is None:
+        return wide
+    return wide * scale if wide is x else wide.mul_(scale)
 
 
 def _turned(k: Tensor, turn: Turn) -> Tensor:
