@@ -33,8 +33,8 @@ def best(
     refuse_scores(scores, most, budgets)
     count = scores.shape[-1]
     counts = scores > above
-    found = scores.masked_fill(~counts, float("-inf")).sort(dim=-1, descending=True, stable=True)
-    numbers = found.indices[..., :most]
+    order = _order(scores.masked_fill(~counts, float("-inf")))
+    numbers = order.topk(min(most, count), dim=-1, sorted=budgets is not None).indices
     taken = counts.gather(-1, numbers)
     if budgets is not None:
         taken &= torch.arange(numbers.shape[-1], device=scores.device) < budgets.unsqueeze(-1)
@@ -42,6 +42,13 @@ def best(
     out = numbers.new_full((*scores.shape[:-1], most), EMPTY)
     out[..., : numbers.shape[-1]] = numbers.masked_fill(numbers == count, EMPTY)
     return out
+
+
+def _order(scores: Tensor) -> Tensor:
+    """Integers [..., S] in the order of scores without NaN, the first of equal ones the highest."""
+    bits = (scores + 0.0).view(torch.int32)  # one zero only
+    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
+    return order | torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
 
 
 def beside(q_positions: Tensor, held: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvlab import KvlabError
 from kvlab.kernels.attention import EMPTY
+from kvlab.kernels.select import best
 from kvlab.methods.cache.interface import Step
 from kvlab.methods.eviction.adore.scores import Fresh, Scores, at
 
@@ -83,9 +84,8 @@ class Log:
         params = self._params
         scores, away = self._released(held, own, count)
         each = params.context + 1
-        best = scores.topk(min(params.rebuild // each, count), dim=-1)
         limit = float("-inf") if params.threshold is None else _logit(params.threshold)
-        chosen = torch.where(best.values > limit, best.indices, EMPTY)
+        chosen = best(scores, min(params.rebuild // each, count), above=limit)
         return chosen if each == 1 else self._with_context(chosen, away)
 
     def ids_of(self, positions: Tensor) -> Tensor:
