@@ -105,9 +105,10 @@ def test_evict(compiling: Begin) -> None:
     )
     evict.evict_and_write(cache, cache, row, row, positions[:, :1], numbers, Stays())
     evict.evict(positions[:, :1].int(), numbers.int(), Stays(), known=torch.zeros(3, 9000))
+    evict.evict(positions.expand(2, -1, -1, -1), numbers, Stays(window=numbers[:2].int()))
     slots = torch.zeros(3, 1, 1, dtype=torch.long)
     evict.write(cache, cache, row, row, slots)
-    assert names(found) == ["_evict_kernel"] * 3 + ["_write_kernel"]
+    assert names(found) == ["_evict_kernel"] * 4 + ["_write_kernel"]
 
 
 def test_tokens(compiling: Begin) -> None:
