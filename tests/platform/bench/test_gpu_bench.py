@@ -21,7 +21,17 @@ from kvlab.kernels.attention import attend
 from kvlab.methods.decoder.language_model import TokenModel
 from kvlab.platform.bench import __main__ as command
 from kvlab.platform.bench import page
-from kvlab.platform.bench.kernels import blocks, cosine, decode, eviction, prefill, stored
+from kvlab.platform.bench.kernels import (
+    blocks,
+    controller,
+    cosine,
+    decode,
+    eviction,
+    prefill,
+    query,
+    select,
+    stored,
+)
 from kvlab.platform.bench.kernels.case import Bench, Case, apart, poisoned
 from kvlab.platform.bench.line import Line
 from kvlab.platform.bench.papers import adore, sharing, side, squeeze
@@ -49,6 +59,7 @@ for name in command.wanted("kernels,papers", gpu=True)[0]:
     assert all(not line.void for line in lines), lines
     print(name)
 """
+KERNELS = [decode, stored, prefill, eviction, blocks, cosine, query, select, controller]
 ABSENT = {
     "ray", "pydantic", "mlflow", "optuna", "transformers", "tokenizers", "safetensors", "vllm",
     "sqlalchemy", "alembic", "typer", "rich", "yaml", "plotly", "jinja2", "fsspec", "peft",
@@ -57,7 +68,7 @@ ABSENT = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bench", [decode, stored, prefill, eviction, blocks, cosine])
+@pytest.mark.parametrize("bench", KERNELS)
 def test_every_kernel_passes_its_gate_and_has_its_time(bench: Any, dtype: torch.dtype) -> None:
     lines = list(bench.run("cpu", dtype))
     assert lines
@@ -99,6 +110,19 @@ def test_bytes_count_every_number_that_is_read_or_written() -> None:
     assert coded.bytes == 2 * 2 * 3 * 4 * 16 + 2 * 3 * 2 * 10 * (16 + 2)
     paged = stored.paged(bench, heads, 3, 10, torch.bfloat16)
     assert paged.bytes == plain.bytes + 3 * 10 * 8
+    queries = query.layer(bench, 3, 32, 4, 16, torch.bfloat16)
+    assert queries.bytes == 2 * (3 * 32 + 64 * 32 + 2 * 3 * 16 + 3 * 64)
+    assert select.choice(bench, 3, 50, 7).bytes == 4 * 3 * 50 + 8 * 3 * 7
+    joined = select.joined(bench, 3, 9, 2)
+    assert joined.bytes == 8 * 3 * (3 + 9 + 2 + 11) + 3 * 3 * 11
+    sizes = (bench, 3, 2, 50, torch.bfloat16)
+    scored = controller.scoring(*sizes)
+    assert scored.bytes == (
+        4 * (2 * 64 + 2 + 64 * 64 + 3 * 2 * 32) + 8 * 63 + 2 * 3 * 50 * 96 + 4 * 2 * 3 * 50
+    )
+    maps = 3 * 64 + 64 + 32 + 2 * 32
+    came_state_query = 3 * (3 * 64 + 2 * 64 + 2 * 32)
+    assert controller.taking(*sizes).bytes == 4 * (maps * 65 + came_state_query) + 2 * 3 * 96
 
 
 def test_flops_of_a_prompt_count_what_its_queries_may_read() -> None:
@@ -170,6 +194,37 @@ def test_an_eviction_of_another_slot_is_seen(monkeypatch: pytest.MonkeyPatch) ->
     right, calls = state.step, iter(range(9))
     monkeypatch.setattr(state, "step", lambda: right() + (next(calls) == 2))
     assert eviction.correct(state) == "slots differs from the twin's"  # in the second step
+
+
+def forgetful(found: Tensor, *given: Any) -> Tensor:
+    """Clear another token's memory."""
+    given[3][:, 1] = 0
+    return found
+
+
+@pytest.mark.parametrize(
+    ("bench", "name", "spoilt", "what"),
+    [
+        (query, "project", lambda found, *given: found.flip(-1), "queries is 1."),
+        (select, "best", lambda found, *given: found + 1, "numbers differs"),
+        (select, "beside", lambda found, *given: (found[0] + 1, found[1]), "positions differs"),
+        (select, "beside", lambda found, *given: (found[0], ~found[1]), "mask differs"),
+        (controller, "advance", lambda found, *given: found * 1.02, "queries is 0.02 "),
+        (controller, "advance", forgetful, "memory of other tokens is "),
+        (controller, "score", lambda found, *given: found * 1.02, "scores is 0.02 "),
+    ],
+)
+def test_gates_hold_a_kernel_to_its_twin(
+    monkeypatch: pytest.MonkeyPatch, bench: Any, name: str, spoilt: Any, what: str
+) -> None:
+    right = getattr(bench, name)
+
+    def wrong(*given: Any, **more: Any) -> Any:
+        found = right(*given, **more)
+        return found if choice._twins_alone else spoilt(found, *given)
+
+    monkeypatch.setattr(bench, name, wrong)
+    assert any(line.void.startswith(what) for line in bench.run())
 
 
 def test_the_grid_begins_at_its_most_telling_corner() -> None:
@@ -304,7 +359,7 @@ def test_a_name_stands_for_all_under_it(gpu: bool) -> None:
     names, unknown = command.wanted("kernels,papers.adore,kernel", gpu=gpu)
     assert names[:2] == ["kernels.decode", "kernels.stored"]
     assert names[-1] == "papers.adore"
-    assert len(names) == 7
+    assert len(names) == len(KERNELS) + 1
     assert unknown == ["kernel"]
 
 
