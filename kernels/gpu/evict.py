@@ -148,7 +148,7 @@ def _copy(
     REPEAT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Copy one row of heads [n, 1] of a sample."""
-    column = tl.arange(0, BLOCK)[None, :]
+    column = tl.arange(0, BLOCK)[None, :].to(tl.int64)
     mask = there & (column < DIM)
     x = tl.load(from_ptr + heads // REPEAT * from_head + column * from_column, mask=mask)
     tl.store(to_ptr + heads * to_head + slot * to_row + column * to_column, x, mask=mask)

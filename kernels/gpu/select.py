@@ -131,16 +131,18 @@ def _beside_kernel(
     place = program * BLOCK + tl.arange(0, BLOCK)
     live = place < slots
     if program < of_slots:
-        position = tl.load(held_ptr + place * held_slot, mask=live, other=-1).to(tl.int64)
+        held_at = held_ptr + place.to(tl.int64) * held_slot
+        position = tl.load(held_at, mask=live, other=-1).to(tl.int64)
     else:
         other = (program - of_slots) * BLOCK + tl.arange(0, BLOCK)
         live = other < extra
-        other_at = others_ptr + sample * others_sample + other * others_row
+        other_at = others_ptr + sample * others_sample + other.to(tl.int64) * others_row
         position = tl.load(other_at, mask=live, other=-1).to(tl.int64)
         twice = tl.full((BLOCK,), 0, tl.int32)
         for start in range(0, slots, LOOK):
             slot = start + tl.arange(0, LOOK)
-            held = tl.load(held_ptr + slot * held_slot, mask=slot < slots, other=-1).to(tl.int64)
+            held_at = held_ptr + slot.to(tl.int64) * held_slot
+            held = tl.load(held_at, mask=slot < slots, other=-1).to(tl.int64)
             twice += tl.sum((held[None, :] == position[:, None]).to(tl.int32), 1)
         position = tl.where(twice > 0, -1, position)
         place = slots + other
