@@ -24,13 +24,14 @@ class Stays(NamedTuple):
         none.
     sinks: rows at positions below it stay.
     window: rows that stand so far or farther behind the new one leave first, whatever else holds:
-        no later query can read them. None: all can be read.
+        no later query can read them. Integer [n]: each layer's own, a large one where all can be
+        read. None: all can be, in all layers.
     usable: [B] or [n, B] integer, slots of each sample that may be taken; None: all.
     """
 
     recent: Tensor | None = None
     sinks: int = 0
-    window: int | None = None
+    window: int | Tensor | None = None
     usable: Tensor | None = None
 
 
@@ -152,9 +153,10 @@ def unread_last(
 ) -> Tensor:
     """Rank rows lower than any other where no later query can read them, -inf where there is none.
 
-    Args: newest: [B, 1, 1]. window: see `Stays`, or one that broadcasts to positions.
+    Args: newest: [B, 1, 1]. window: see `Stays`.
     """
     if window is not None:
+        window = window[:, None, None, None] if isinstance(window, Tensor) else window
         lowest = torch.finfo(torch.float32).min
         ranks = ranks.masked_fill(positions <= newest - window, lowest)
     return ranks.masked_fill(positions == EMPTY, float("-inf"))
@@ -195,7 +197,11 @@ def refuse(
         refuse_unlike(
             name, counts, tuple(shape[:-2]) if by_layer else (batch,), positions, INTEGERS
         )
-    if stays.window is not None and stays.window < 1:
+    if isinstance(stays.window, Tensor):
+        if len(shape) == 3:
+            raise ValueError("stays.window: must be a number, of one layer, found a tensor")
+        refuse_unlike("stays.window", stays.window, shape[:1], positions, INTEGERS)
+    elif stays.window is not None and stays.window < 1:
         raise ValueError(f"stays.window: must be 1 or more, found {stays.window}")
     if scores is not None and known is not None:
         raise ValueError("known: must be None where scores are given")

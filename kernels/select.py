@@ -1,11 +1,11 @@
-"""Which rows of many are the best, and which of them queries may read. Plain torch."""
+"""Which rows of many are the best. Plain torch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from kvlab.kernels.attention import CAUSAL, EMPTY
+from kvlab.kernels.attention import EMPTY
 from kvlab.kernels.choice import fused
 
 INTEGERS = (torch.int32, torch.int64)
@@ -51,31 +51,6 @@ def _order(scores: Tensor) -> Tensor:
     return order | torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
 
 
-def beside(q_positions: Tensor, held: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """Put rows beside those of a layer, and say which of all a query may read.
-
-    Args:
-        q_positions: [B, T] integer, EMPTY rows read nothing.
-        held: [B, C] integer, the positions in the layer's slots.
-        others: [B, R] integer; those that the layer holds itself are left out.
-
-    Returns:
-        The positions [B, C + R] of the keys, int64; and the mask [B, 1, T, C + R] bool, true where
-        a key does not stand after the query.
-
-    Raises:
-        ValueError: shapes, dtypes or devices that do not go together.
-    """
-    if fused(held):
-        from kvlab.kernels.gpu import select as gpu
-
-        return gpu.beside(q_positions, held, others)
-    refuse_positions(q_positions, held, others)
-    twice = (held.unsqueeze(-1) == others.unsqueeze(-2)).any(-2)
-    keys = torch.cat((held, torch.where(twice, EMPTY, others)), dim=1).long()
-    return keys, CAUSAL.allows(q_positions, keys)
-
-
 def refuse_scores(scores: Tensor, most: int, budgets: Tensor | None) -> None:
     """Refuse what `best` cannot take."""
     if not scores.dim() or scores.dtype != torch.float32:
@@ -89,13 +64,3 @@ def refuse_scores(scores: Tensor, most: int, budgets: Tensor | None) -> None:
         raise ValueError(f"budgets: must be integers {list(scores.shape[:-1])}, found {found}")
     if budgets.device != scores.device:
         raise ValueError(f"budgets: must lie on {scores.device}, found {budgets.device}")
-
-
-def refuse_positions(q_positions: Tensor, held: Tensor, others: Tensor) -> None:
-    """Refuse what `beside` cannot take."""
-    for name, tensor in (("held", held), ("q_positions", q_positions), ("others", others)):
-        if tensor.dim() != 2 or len(tensor) != len(held) or tensor.dtype not in INTEGERS:
-            found = f"{tensor.dtype} {list(tensor.shape)}"
-            raise ValueError(f"{name}: must be integers [{len(held)}, n], found {found}")
-        if tensor.device != held.device:
-            raise ValueError(f"{name}: must lie on {held.device}, as held, found {tensor.device}")

@@ -146,7 +146,7 @@ def _advance_kernel(
     _map(asks_ptr, asks_bias_ptr, state_ptr, state_number, query_ptr, asked, h, BLOCK, 64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "out_layer"])
 def _score_kernel(
     memory_ptr, query_ptr, newest_ptr, positions_ptr, weight_ptr, bias_ptr, places_ptr, edges_ptr,
     out_ptr, out_layer, count, layers, h, m, scale,
@@ -159,7 +159,7 @@ def _score_kernel(
     row = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     live = row < count
     if GIVEN:
-        place_at = positions_ptr + sample * positions_sample + row * positions_row
+        place_at = positions_ptr + sample * positions_sample + row.to(tl.int64) * positions_row
         place = tl.load(place_at, mask=live, other=0).to(tl.int64)
     else:
         place = row.to(tl.int64)

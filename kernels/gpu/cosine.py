@@ -76,7 +76,7 @@ def _cosine_kernel(
     before_square = tl.full((ROWS, BLOCK), 0.0, tl.float32)
     after_square = tl.full((ROWS, BLOCK), 0.0, tl.float32)
     for start in range(0, width, BLOCK):
-        column = (start + tl.arange(0, BLOCK))[None, :]
+        column = (start + tl.arange(0, BLOCK))[None, :].to(tl.int64)
         mask = there & (column < width)
         x = tl.load(before_ptr + column * before_column, mask=mask, other=0.0)
         y = tl.load(other_ptr + column * other_column, mask=mask, other=0.0)
@@ -106,7 +106,8 @@ def _mean_kernel(
         row = start + tl.arange(0, BLOCK)
         mask = row < rows
         if not COUNTS_ALL:
-            valid = tl.load(valid_ptr + sample * valid_sample + row * valid_row, mask=mask, other=0)
+            valid_at = valid_ptr + sample * valid_sample + row.to(tl.int64) * valid_row
+            valid = tl.load(valid_at, mask=mask, other=0)
             mask = mask & (valid != 0)
         total += tl.load(cosine_ptr + sample * rows + row, mask=mask, other=0.0)
         count += mask.to(tl.int32)

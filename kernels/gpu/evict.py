@@ -89,24 +89,27 @@ def _launch(
     seen = scores if mass is None or scores is None else mass
     cache_k, cache_v, k, v = rows or (held[0].unsqueeze(-1),) * 4
     per = cache_k.shape[1] // heads
+    windows = stays.window if isinstance(stays.window, Tensor) else None
     block = min(triton.next_power_of_2(capacity), TILE)
     with torch.cuda.device_of(held):
         _evict_kernel[(slots.numel(),)](
             held, ranks, ranks if seen is None else seen, newest,
             newest if stays.recent is None else stays.recent,
             newest if stays.usable is None else stays.usable,
+            newest if windows is None else windows,
             slots, cache_k, cache_v, k, v,
             batch, heads, capacity, 0 if mass is None else mass.shape[2], ranks.shape[-1],
-            stays.sinks, stays.window or 0,
+            stays.sinks, (stays.window or 0) if windows is None else 0,
             *held.stride(), *rank_strides,
             *((0, 0, 0) if mass is None else mass.stride()),
             newest.stride(0),
             *_by_layer(stays.recent), *_by_layer(stays.usable),
+            0 if windows is None else windows.stride(0),
             *_row_strides(cache_k, cache_v, k, v),
             SCORED=scores is not None, KNOWN=known is not None,
             GROUP=0 if mass is None else mass.shape[1] // heads,
             RECENT=stays.recent is not None, WINDOW=stays.window is not None,
-            USABLE=stays.usable is not None, WRITES=rows is not None,
+            EACH=windows is not None, USABLE=stays.usable is not None, WRITES=rows is not None,
             PER=per, BLOCK_H=triton.next_power_of_2(per), **_sizes(cache_k, cache_v, k, v),
             BLOCK=block, num_warps=8 if block >= 2048 else 4 if block >= 512 else 1,
         )  # fmt: skip
@@ -145,7 +148,7 @@ def _copy(
     REPEAT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Copy one row of heads [n, 1] of a sample."""
-    column = tl.arange(0, BLOCK)[None, :]
+    column = tl.arange(0, BLOCK)[None, :].to(tl.int64)
     mask = there & (column < DIM)
     x = tl.load(from_ptr + heads // REPEAT * from_head + column * from_column, mask=mask)
     tl.store(to_ptr + heads * to_head + slot * to_row + column * to_column, x, mask=mask)
@@ -153,19 +156,19 @@ def _copy(
 
 @triton.jit
 def _evict_kernel(
-    positions_ptr, ranks_ptr, mass_ptr, newest_ptr, recent_ptr, usable_ptr, slots_ptr,
+    positions_ptr, ranks_ptr, mass_ptr, newest_ptr, recent_ptr, usable_ptr, windows_ptr, slots_ptr,
     cache_k_ptr, cache_v_ptr, k_ptr, v_ptr,
     batch, heads, capacity, seen, reach, sinks, window,
     positions_layer, positions_sample, positions_head, positions_slot,
     ranks_layer, ranks_sample, ranks_head, ranks_slot,
     mass_sample, mass_head, mass_slot, newest_sample,
-    recent_layer, recent_sample, usable_layer, usable_sample,
+    recent_layer, recent_sample, usable_layer, usable_sample, windows_layer,
     cache_k_sample, cache_k_head, cache_k_row, cache_k_column,
     cache_v_sample, cache_v_head, cache_v_row, cache_v_column,
     k_sample, k_head, k_column, v_sample, v_head, v_column,
     SCORED: tl.constexpr, KNOWN: tl.constexpr, GROUP: tl.constexpr, RECENT: tl.constexpr,
-    WINDOW: tl.constexpr, USABLE: tl.constexpr, WRITES: tl.constexpr, PER: tl.constexpr,
-    BLOCK_H: tl.constexpr, REPEAT_K: tl.constexpr, REPEAT_V: tl.constexpr,
+    WINDOW: tl.constexpr, EACH: tl.constexpr, USABLE: tl.constexpr, WRITES: tl.constexpr,
+    PER: tl.constexpr, BLOCK_H: tl.constexpr, REPEAT_K: tl.constexpr, REPEAT_V: tl.constexpr,
     DIM_K: tl.constexpr, DIM_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -175,6 +178,8 @@ def _evict_kernel(
     positions_ptr += layer * positions_layer + sample * positions_sample + head * positions_head
     ranks_ptr += layer * ranks_layer + sample * ranks_sample + head * ranks_head
     newest = tl.load(newest_ptr + sample * newest_sample).to(tl.int64)
+    if EACH:
+        window = tl.load(windows_ptr + layer * windows_layer).to(tl.int64)
     best = tl.full((BLOCK,), 0x7FFFFFFF, tl.int32)
     best_slot = tl.full((BLOCK,), 0, tl.int32)
     for start in range(0, capacity, BLOCK):

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvlab.kernels.gpu.ordered import ordered
-from kvlab.kernels.select import refuse_positions, refuse_scores
+from kvlab.kernels.select import refuse_scores
 
 TILE = 1024
 """Most numbers that a program looks at at a time."""
@@ -37,24 +37,6 @@ def best(
             num_warps=8 if block >= 512 else 4,
         )  # fmt: skip
     return out
-
-
-def beside(q_positions: Tensor, held: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """Do as `kvlab.kernels.select.beside` does, in one launch."""
-    refuse_positions(q_positions, held, others)
-    (batch, slots), extra, rows = held.shape, others.shape[1], q_positions.shape[1]
-    total = slots + extra
-    keys = torch.empty((batch, total), device=held.device, dtype=torch.int64)
-    mask = torch.empty((batch, 1, rows, total), device=held.device, dtype=torch.bool)
-    if keys.numel():
-        block = 128
-        with torch.cuda.device_of(held):
-            _beside_kernel[(triton.cdiv(slots, block) + triton.cdiv(extra, block), batch)](
-                q_positions, held, others, keys, mask, rows, slots, extra,
-                *q_positions.stride(), *held.stride(), *others.stride(),
-                BLOCK=block, LOOK=32, num_warps=4,
-            )  # fmt: skip
-    return keys, mask
 
 
 @triton.jit
@@ -115,40 +97,3 @@ def _best_kernel(
         place = start + tl.arange(0, BLOCK)
         none = tl.full((BLOCK,), -1, tl.int64)
         tl.store(out_ptr + place, none, mask=(place >= taken) & (place < most))
-
-
-@triton.jit
-def _beside_kernel(
-    q_ptr, held_ptr, others_ptr, keys_ptr, mask_ptr, rows, slots, extra,
-    q_sample, q_row, held_sample, held_slot, others_sample, others_row,
-    BLOCK: tl.constexpr, LOOK: tl.constexpr,
-):  # fmt: skip
-    sample = tl.program_id(1).to(tl.int64)
-    program = tl.program_id(0)
-    held_ptr += sample * held_sample
-    total = slots + extra
-    of_slots = tl.cdiv(slots, BLOCK)
-    place = program * BLOCK + tl.arange(0, BLOCK)
-    live = place < slots
-    if program < of_slots:
-        position = tl.load(held_ptr + place * held_slot, mask=live, other=-1).to(tl.int64)
-    else:
-        other = (program - of_slots) * BLOCK + tl.arange(0, BLOCK)
-        live = other < extra
-        other_at = others_ptr + sample * others_sample + other * others_row
-        position = tl.load(other_at, mask=live, other=-1).to(tl.int64)
-        twice = tl.full((BLOCK,), 0, tl.int32)
-        for start in range(0, slots, LOOK):
-            slot = start + tl.arange(0, LOOK)
-            held = tl.load(held_ptr + slot * held_slot, mask=slot < slots, other=-1).to(tl.int64)
-            twice += tl.sum((held[None, :] == position[:, None]).to(tl.int32), 1)
-        position = tl.where(twice > 0, -1, position)
-        place = slots + other
-    tl.store(keys_ptr + sample * total + place, position, mask=live)
-    q_ptr += sample * q_sample
-    mask_at = mask_ptr + sample * rows * total + place
-    for _ in range(rows):
-        query = tl.load(q_ptr).to(tl.int64)
-        tl.store(mask_at, (position >= 0) & (position <= query), mask=live)
-        q_ptr += q_row
-        mask_at += total

@@ -52,7 +52,7 @@ def _block_kernel(
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     kv_head = tl.program_id(1).to(tl.int64)
-    row, column = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    row, column = tl.arange(0, BLOCK_R).to(tl.int64), tl.arange(0, BLOCK_D)
     there = (block < count)[:, None] & (row < rows)[None, :]
     if HELD:
         held = tl.load(held_ptr + block * held_block, mask=block < count, other=0)

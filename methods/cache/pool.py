@@ -334,13 +334,13 @@ class PoolCache(RaggedCache):
         return Opening(self._config, self._method, batch, rows, pool.device, pool.dtype)
 
     def _readable(self, config: DecoderConfig) -> Tensor | None:
-        """Rows back [K, 1, 1, 1] that each KV layer's readers can still read; None: all."""
+        """Rows back [K] that each KV layer's readers can still read; None: all."""
         if config.windows is None:
             return None
         opening = self._opening(1, 2**40)
         readers = opening.readers()
         found = [opening.window(readers[layer]) for layer in self._layers]
-        return torch.tensor(found, device=self._pool.device)[:, None, None, None]
+        return torch.tensor(found, device=self._pool.device)
 
 
 def _part(x: Tensor | None, rows: slice) -> Tensor | None:

@@ -130,7 +130,7 @@ class Ranking(Eviction):
 def ranked(ranking: Ranking, rows: Rows, window: int | Tensor | None) -> Tensor:
     """Rank rows [..., B, H or 1, S]; -inf where there is none.
 
-    Args: window: rows that no later query can read leave first; None: all can be read.
+    Args: window: rows that no later query can read leave first; see `Stays`.
     """
     return unread_last(ranking.rank(rows), rows.positions, rows.newest + 1, window)
 
@@ -149,9 +149,9 @@ def replaced(
 
     Args:
         rows: the past. newest: [B, 1, 1], positions of the new rows.
-        stays: as the ranking says it. window: see `ranked`. usable: see `Stays`.
+        stays: as the ranking says it. window, usable: see `Stays`.
     """
-    if stays is None or isinstance(window, Tensor):
+    if stays is None:
         ranks = ranked(ranking, rows, window)
         return take(ranks, rows.positions, newest, usable, rows.scores)
     stays = stays._replace(window=window, usable=usable)

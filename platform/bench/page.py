@@ -42,7 +42,8 @@ writes this page anew: the date, the commit, the device, the versions, and
   torch's attention (FlashAttention and cuDNN by name), GB/s or TFLOP/s, and the share of a measured
   copy or matrix product: decode attention over a dense cache, with the key mass, after eviction,
   over int8, fp8, rows of a pool and unrotated keys; prefill with the key mass; evict and write; the
-  token decoder's step; the residual's cosine;
+  token decoder's step; the residual's cosine; the queries of a layer; ADORE's controller and what
+  it chooses;
 - for every paper our tokens/s beside full attention's and the paper's own ratio: the Block
   Transformer, SqueezeAttention, ADORE, layers that share keys and values;
 - the other measurements of `make bench` that a GPU can make.

@@ -17,7 +17,7 @@ from kvlab.kernels.attention import Rule
 from kvlab.kernels.stored import Stored, Turn
 
 triton = pytest.importorskip("triton")
-SHARED = {80: 163 * 1024, 90: 227 * 1024}
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that a block may have, by compute capability."""
 
 
@@ -40,10 +40,11 @@ class Driver:
 
 
 class Launch(NamedTuple):
-    """The kernel's name and the bytes of shared memory that a block of it has."""
+    """The kernel's name, the bytes of shared memory of a block of it, and which code it is."""
 
     kernel: str
     shared: int
+    code: str
 
 
 Begin = Callable[..., list[Launch]]
@@ -62,7 +63,7 @@ def compiling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Begin:
             made = run(kernel, *args, **given | {"warmup": True})
             assert made.asm["cubin"]
             assert made.metadata.shared <= SHARED[capability]
-            found.append(Launch(kernel.__name__, made.metadata.shared))
+            found.append(Launch(kernel.__name__, made.metadata.shared, made.metadata.hash))
             return made
 
         monkeypatch.setattr(triton.runtime.driver, "_active", Driver(capability))
@@ -105,9 +106,10 @@ def test_evict(compiling: Begin) -> None:
     )
     evict.evict_and_write(cache, cache, row, row, positions[:, :1], numbers, Stays())
     evict.evict(positions[:, :1].int(), numbers.int(), Stays(), known=torch.zeros(3, 9000))
+    evict.evict(positions.expand(2, -1, -1, -1), numbers, Stays(window=numbers[:2].int()))
     slots = torch.zeros(3, 1, 1, dtype=torch.long)
     evict.write(cache, cache, row, row, slots)
-    assert names(found) == ["_evict_kernel"] * 3 + ["_write_kernel"]
+    assert names(found) == ["_evict_kernel"] * 4 + ["_write_kernel"]
 
 
 def test_tokens(compiling: Begin) -> None:
@@ -127,9 +129,7 @@ def test_select(compiling: Begin) -> None:
     found = compiling()
     select.best(torch.zeros(2, 5000), 40, budgets=torch.zeros(2, dtype=torch.long))
     select.best(torch.zeros(2, 100)[:, ::2], 40, above=0.5)
-    numbers = torch.zeros(2, 300, dtype=torch.long)
-    select.beside(numbers[:, :9], numbers, numbers[:, :8])
-    assert names(found) == ["_best_kernel"] * 2 + ["_beside_kernel"]
+    assert names(found) == ["_best_kernel"] * 2
 
 
 @pytest.mark.parametrize("count", [1, 20])
@@ -151,7 +151,20 @@ def test_adore(compiling: Begin, count: int) -> None:
     assert names(found) == ["_advance_kernel"] + ["_score_kernel"] * 2
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+def test_a_text_that_grows_asks_for_no_new_code(compiling: Begin) -> None:
+    from kvlab.kernels.adore import Head
+    from kvlab.kernels.gpu import adore
+
+    found = compiling()
+    memory, query = torch.zeros(2, 99, 96), torch.zeros(2, 3 * 32)
+    head, newest = Head(torch.zeros(3, 64), torch.zeros(3)), torch.zeros(2, dtype=torch.long)
+    for count in (1, 8, 31, 32, 99):
+        adore.score(head, memory, query, newest, count)
+    assert len(found) == 5
+    assert len({launch.code for launch in found}) == 1
+
+
+@pytest.mark.parametrize("capability", [80, 86, 90])
 def test_query(compiling: Begin, capability: int) -> None:
     from kvlab.kernels.gpu import query
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -128,9 +129,35 @@ def test_scores_grow_by_the_mass_of_a_heads_queries_first() -> None:
     assert torch.equal(scores, expected.scatter(-1, slots, 0.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("scored", [False, True])
+def test_windows_of_each_layer(scored: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(4)
+    windows = torch.tensor([3, 2**31 - 1, 7, 1])
+    shape = (len(windows), BATCH, HEADS, ROWS)
+    for newest in (9, 12, 40):
+        held = torch.rand(shape, generator=generator).argsort(-1)
+        ranks = torch.rand(shape, generator=generator) if scored else held
+        scores = ranks.clone() if scored else None
+        positions = held.to(dtype, copy=True)
+        stays = Stays(torch.tensor([1, 2, 8]), 2, windows.to(dtype))
+        slots = evict(positions, torch.full((BATCH,), newest), stays, scores=scores)
+        for layer, sample, head in itertools.product(*map(range, shape[:3])):
+            here = held[layer, sample, head].tolist()
+            own = ranks[layer, sample, head].tolist()
+            window, recent = int(windows[layer]), [1, 2, 8][sample]
+            gone = [slot for slot, at in enumerate(here) if at <= newest - window]
+            free = [s for s, at in enumerate(here) if at >= 2 and at < newest - recent]
+            wanted = gone[0] if gone else min(free, key=lambda slot: own[slot], default=0)
+            assert slots[layer, sample, head].item() == wanted
+            assert positions[layer, sample, head, wanted] == newest
+
+
 POSITIONS = torch.zeros(2, 2, 5, dtype=torch.long)
 NEWEST = torch.ones(2, dtype=torch.long)
 SCORES = torch.zeros(2, 2, 5)
+DEEP = POSITIONS.expand(3, -1, -1, -1)
+LAYERS = torch.ones(3, dtype=torch.long)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +171,11 @@ SCORES = torch.zeros(2, 2, 5)
         ("stays.recent", {"stays": Stays(recent=NEWEST[:1])}),
         ("stays.usable", {"stays": Stays(usable=NEWEST.float())}),
         ("stays.window", {"stays": Stays(window=0)}),
+        ("stays.window", {"stays": Stays(window=NEWEST)}),
+        ("stays.window", {"positions": DEEP, "stays": Stays(window=NEWEST)}),
+        ("stays.window", {"positions": DEEP, "stays": Stays(window=torch.ones(3))}),
+        ("stays.window", {"positions": DEEP, "stays": Stays(window=torch.tensor(3))}),
+        ("stays.window", {"positions": DEEP, "stays": Stays(window=LAYERS.to("meta"))}),
         ("scores", {"scores": SCORES[..., :4]}),
         ("scores", {"scores": SCORES.double()}),
         ("scores", {"scores": SCORES.to("meta")}),

@@ -31,10 +31,11 @@ def case(
     group: int = 2,
     window: bool = False,
     each: bool = False,
+    windows: bool = False,
 ) -> Case:
     """Rows in shuffled slots, some of them free, with many ties; sums are exact in any order.
 
-    Args: each: what stays differs from layer to layer.
+    Args: each: what stays differs from layer to layer; windows: so does the window.
     """
     capacity, counts = shape[-1], shape[:-2] if each else (BATCH,)
     positions = torch.rand(*shape[:-1], 2 * capacity).argsort(-1)[..., :capacity]
@@ -49,10 +50,15 @@ def case(
             given["mass"] = mass.transpose(1, 2).contiguous().transpose(1, 2)
     elif by == "known":
         given["known"] = torch.randint(4, (*shape[:-2], 2 * capacity + BATCH)).float()
+    reach: int | Tensor | None = random.randint(1, 2 * capacity) if window else None
+    if windows:
+        reach = torch.randint(1, 2 * capacity + 2, shape[:1]).masked_fill(
+            torch.rand(shape[0]) < 0.3, 2**40
+        )
     stays = Stays(
         recent=torch.randint(0, capacity + 1, counts),
         sinks=random.randint(0, 4),
-        window=random.randint(1, 2 * capacity) if window else None,
+        window=reach,
         usable=torch.randint(1, capacity + 1, counts),
     )
     return Case(positions, newest, stays, given)
@@ -92,6 +98,25 @@ def test_slots(device: torch.device, shape: tuple[int, ...], by: str, window: bo
         for group in (1, 4):
             each = group > 1
             same(device, case(shape, by, free=free, group=group, window=window, each=each))
+
+
+@pytest.mark.parametrize("by", ["age", "scores", "known"])
+@pytest.mark.parametrize("shape", [(5, BATCH, 1, 70), (6, BATCH, 3, 9), (1, BATCH, 1, 1)])
+@pytest.mark.usefixtures("seed")
+def test_windows_of_each_layer(device: torch.device, shape: tuple[int, ...], by: str) -> None:
+    from kvlab.kernels.gpu.evict import evict
+
+    if by == "known":
+        shape = (*shape[:-2], 1, shape[-1])
+    for free in (0.0, 0.1):
+        known = case(shape, by, free=free, windows=True)
+        same(device, known)
+        far = known.stays.window
+        assert isinstance(far, Tensor)
+        same(device, known._replace(stays=Stays(window=far.clamp_max(2**31 - 1).int())))
+    gaps = Stays(window=torch.stack((far, far.flip(0) + 1), 1).to(device)[:, 0])
+    slots = evict(known.positions.clone().to(device), known.newest.to(device), gaps)
+    assert torch.equal(slots.cpu(), twin.evict(known.positions, known.newest, Stays(window=far)))
 
 
 @pytest.mark.parametrize("by", ["age", "scores", "known"])

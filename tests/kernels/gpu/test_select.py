@@ -1,4 +1,4 @@
-"""The best of many rows, and rows beside others, on a GPU against their twins: to the bit."""
+"""The best of many rows, on a GPU against its twin: to the bit."""
 
 from __future__ import annotations
 
@@ -61,29 +61,6 @@ def test_the_best_are_those_of_torch(device: torch.device, seed: int) -> None:
     assert torch.equal(found, scores.topk(37).indices.sort(-1).values)
 
 
-@pytest.mark.parametrize(
-    ("slots", "extra", "rows"), [(1, 1, 1), (5, 3, 4), (200, 9, 10), (0, 2, 3), (7, 0, 1)]
-)
-@pytest.mark.usefixtures("seed")
-def test_rows_beside_those_of_a_layer(
-    device: torch.device, slots: int, extra: int, rows: int
-) -> None:
-    from kvlab.kernels.gpu.select import beside
-
-    numbers = torch.rand(3, slots + extra).argsort(-1)
-    held, others = numbers.split((slots, extra), dim=1)
-    queries = torch.randint(slots + extra, (3, rows))
-    if slots and extra:
-        others = torch.cat((held[:, -1:], others[:, 1:]), 1)
-        held = held.masked_fill(torch.rand(held.shape) < 0.2, EMPTY)
-    queries = queries.masked_fill(torch.rand(queries.shape) < 0.2, EMPTY)
-    keys, mask = beside(queries.to(device), held.to(device), others.int().to(device))
-    expected_keys, expected_mask = twin.beside(queries, held, others)
-    assert torch.equal(keys.cpu(), expected_keys)
-    assert torch.equal(mask.cpu(), expected_mask)
-    assert mask.dtype == torch.bool
-
-
 SCORES = torch.zeros(2, 5)
 NUMBERS = torch.zeros(2, 3, dtype=torch.long)
 
@@ -102,11 +79,3 @@ def test_what_does_not_go_together_is_refused(device: torch.device) -> None:
         for budgets in (NUMBERS, NUMBERS[:, 0].float(), NUMBERS[:, 0].to("meta")):
             with pytest.raises(ValueError, match=r"^budgets: "):
                 module.best(SCORES, 2, budgets=budgets)
-        for name, rows in (
-            ("q_positions", (NUMBERS[:1], NUMBERS, NUMBERS)),
-            ("held", (NUMBERS, SCORES, NUMBERS)),
-            ("others", (NUMBERS, NUMBERS, NUMBERS[0])),
-            ("others", (NUMBERS, NUMBERS, NUMBERS.to("meta"))),
-        ):
-            with pytest.raises(ValueError, match=f"^{name}: "):
-                module.beside(*rows)

@@ -242,6 +242,13 @@ def test_windows_of_the_model_and_other_heads(name: str, kv_heads: int) -> None:
     played(model_of(resolve({}), windows=(5, None, 9), kv_heads=kv_heads), METHODS[name])
 
 
+@pytest.mark.parametrize("name", ["h2o", "streaming_absolute", "sliding_window"])
+def test_windows_of_the_model_ask_for_no_ranks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel can answer is asked of one."""
+    monkeypatch.delattr("kvlab.methods.cache.ranking.ranked")
+    played(model_of(resolve({}), windows=(5, None, 9)), METHODS[name])
+
+
 @pytest.mark.parametrize(
     "apply",
     [{}, {"h2o": {}, "uniform": {"tokens": 3}}, {"sliding_window": {}, "uniform": {"tokens": 2}},

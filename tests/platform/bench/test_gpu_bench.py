@@ -17,12 +17,20 @@ from torch import Tensor
 
 import kvlab.kernels
 from kvlab.kernels import choice
-from kvlab.kernels.attention import attend
 from kvlab.methods.decoder.language_model import TokenModel
 from kvlab.platform.bench import __main__ as command
 from kvlab.platform.bench import page
-from kvlab.platform.bench.kernels import blocks, cosine, decode, eviction, prefill, stored
-from kvlab.platform.bench.kernels.case import Bench, Case, apart, poisoned
+from kvlab.platform.bench.kernels import (
+    blocks,
+    controller,
+    cosine,
+    decode,
+    eviction,
+    prefill,
+    query,
+    select,
+    stored,
+)
 from kvlab.platform.bench.line import Line
 from kvlab.platform.bench.papers import adore, sharing, side, squeeze
 from kvlab.platform.bench.papers import blocks as block_transformer
@@ -49,6 +57,7 @@ for name in command.wanted("kernels,papers", gpu=True)[0]:
     assert all(not line.void for line in lines), lines
     print(name)
 """
+KERNELS = [decode, stored, prefill, eviction, blocks, cosine, query, select, controller]
 ABSENT = {
     "ray", "pydantic", "mlflow", "optuna", "transformers", "tokenizers", "safetensors", "vllm",
     "sqlalchemy", "alembic", "typer", "rich", "yaml", "plotly", "jinja2", "fsspec", "peft",
@@ -57,7 +66,7 @@ ABSENT = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bench", [decode, stored, prefill, eviction, blocks, cosine])
+@pytest.mark.parametrize("bench", KERNELS)
 def test_every_kernel_passes_its_gate_and_has_its_time(bench: Any, dtype: torch.dtype) -> None:
     lines = list(bench.run("cpu", dtype))
     assert lines
@@ -87,89 +96,6 @@ def test_every_paper_has_both_sides(bench: Any) -> None:
         assert line.detail["graphs"] is False
         assert line.detail["ours"]["not_captured"] == "no CUDA device"
         assert line.detail["paper"]
-
-
-def test_bytes_count_every_number_that_is_read_or_written() -> None:
-    bench, heads = Bench("cpu"), decode.Heads(4, 2, 16)
-    plain = decode.dense(bench, heads, 3, 10, torch.bfloat16)
-    assert plain.bytes == 2 * (2 * 3 * 4 * 16 + 2 * 3 * 2 * 10 * 16)
-    weighed = decode.weighed(bench, heads, 3, 10, torch.bfloat16)
-    assert weighed.bytes == plain.bytes + 2 * 3 * 2 * 10 * 16 + 4 * 3 * 4 * 10
-    coded = stored.coded(bench, heads, 3, 10, torch.bfloat16, code=torch.int8)
-    assert coded.bytes == 2 * 2 * 3 * 4 * 16 + 2 * 3 * 2 * 10 * (16 + 2)
-    paged = stored.paged(bench, heads, 3, 10, torch.bfloat16)
-    assert paged.bytes == plain.bytes + 3 * 10 * 8
-
-
-def test_flops_of_a_prompt_count_what_its_queries_may_read() -> None:
-    case = prefill.prompt(Bench("cpu"), decode.Heads(4, 2, 16), 2, 24, 24, torch.float32)
-    scores_and_values = 2 * (2 * 2 * 4 * 16 * 24 * 24 / 2)
-    assert case.flops == scores_and_values + scores_and_values / 2
-
-
-def broken(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **more: Any) -> Any:
-    """Attention that leaves out the last key."""
-    return attend(q, k[:, :, :-1], v[:, :, :-1], *rest, **more)
-
-
-def test_a_wrong_kernel_has_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = decode.partial
-
-    def wrong(function: Any, *given: Any, **more: Any) -> Any:
-        return made(broken if function is attend else function, *given, **more)
-
-    monkeypatch.setattr(decode, "partial", wrong)
-    case = decode.dense(Bench("cpu"), decode.Heads(4, 2, 16), 2, 24, torch.float32)
-    (line,) = Bench("cpu").measure(case)
-    assert re.match(r"output is 0\.\d+ of its norm from the twin's", line.void)
-    assert line.ours == 0
-    assert line.ratio is None
-    assert line.met is False
-    assert "microseconds" not in (line.detail or {})
-
-
-def test_what_raises_has_no_number_and_ends_nothing() -> None:
-    def fails() -> str:
-        raise RuntimeError("CUDA error: misaligned address\nmore of it")
-
-    bench = Bench("cpu")
-    good = decode.dense(bench, decode.Heads(4, 2, 16), 2, 24, torch.float32)
-    bad = Case("kernel", {"batch": 1}, lambda: None, 1, fails)
-    void, *rest = bench.run(iter([(0, lambda: bad), (0, lambda: good)]))
-    assert void.void == "raised RuntimeError: CUDA error: misaligned address"
-    assert void.met is False
-    assert [line.void for line in rest] == ["", ""]
-
-
-def test_rivals_that_refuse_a_shape_are_left_out() -> None:
-    def refuses() -> None:
-        raise RuntimeError("No available kernel")
-
-    bench = Bench("cpu")
-    case = Case("kernel", {"batch": 1}, lambda: None, 1, lambda: "", rivals={"flash": refuses})
-    (line,) = bench.measure(case)
-    assert line.detail is not None
-    assert set(line.detail["microseconds"]) == {"kvlab", "twin"}
-
-
-def test_gates_see_nan_other_integers_and_unwritten_memory() -> None:
-    x = torch.ones(2, 3)
-    assert apart(x, x) == ""
-    assert "norm from the twin's" in apart(x * float("nan"), x)
-    assert "norm from the twin's" in apart(x * 1.02, x)
-    assert apart(torch.tensor([1]), torch.tensor([2])) == "output differs from the twin's"
-    assert "where the twin has" in apart(x, x[:1])
-    with poisoned():
-        assert bool(torch.empty(4).isnan().all())
-    assert not torch.are_deterministic_algorithms_enabled()
-
-
-def test_an_eviction_of_another_slot_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    state = eviction.State(Bench("cpu"), decode.Heads(4, 2, 16), 2, 24, torch.float32, True)
-    assert eviction.correct(state) == ""
-    right, calls = state.step, iter(range(9))
-    monkeypatch.setattr(state, "step", lambda: right() + (next(calls) == 2))
-    assert eviction.correct(state) == "slots differs from the twin's"  # in the second step
 
 
 def test_the_grid_begins_at_its_most_telling_corner() -> None:
@@ -304,7 +230,7 @@ def test_a_name_stands_for_all_under_it(gpu: bool) -> None:
     names, unknown = command.wanted("kernels,papers.adore,kernel", gpu=gpu)
     assert names[:2] == ["kernels.decode", "kernels.stored"]
     assert names[-1] == "papers.adore"
-    assert len(names) == 7
+    assert len(names) == len(KERNELS) + 1
     assert unknown == ["kernel"]
 
 
