@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvlab.kernels import attention
 from kvlab.kernels.attention import EMPTY, Rule
+from kvlab.kernels.stored import Stored
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
@@ -230,19 +231,18 @@ class Elsewhere(Tensor):
 
 def test_the_seam_takes_what_the_kernels_can(device: torch.device, seed: int) -> None:
     q = torch.zeros(2, 4, 3, 16)
-    p, mask = torch.zeros(2, 3).long(), torch.ones(2, 1, 3, 3, dtype=torch.bool)
-    there = q.as_subclass(Elsewhere)
-    assert attention._fusible(there, q, q, p, p, mask, False)
-    assert attention._fusible(there, q, q, None, None, None, False)
-    assert not attention._fusible(q, q, q, p, p, None, False)
-    assert not attention._fusible(there, q, q, p, p, None, True)
-    assert not attention._fusible(there, q, q, None, None, mask, False)
-    assert not attention._fusible(there, q, q, p, None, mask, False)
-    assert not attention._fusible(there, q, q.half(), p, p, None, False)
-    assert not attention._fusible(there.double(), q.double(), q.double(), p, p, None, False)
-    assert not attention._fusible(there, q.clone().requires_grad_(), q, p, p, None, False)
+    there, codes = q.as_subclass(Elsewhere), q.to(torch.int8)
+    assert attention._fusible(there, q, q, None, False)
+    assert attention._fusible(there, codes, codes, Stored(), False)
+    assert not attention._fusible(there, codes, codes, None, False)
+    assert not attention._fusible(q, q, q, None, False)
+    assert not attention._fusible(there, q, q, None, True)
+    assert not attention._fusible(there, q, q.half(), None, False)
+    assert not attention._fusible(there, q, q.half(), Stored(), False)
+    assert not attention._fusible(there.double(), q.double(), q.double(), None, False)
+    assert not attention._fusible(there, q.clone().requires_grad_(), q, None, False)
     with torch.no_grad():
-        assert attention._fusible(there, q.clone().requires_grad_(), q, p, p, None, False)
+        assert attention._fusible(there, q.clone().requires_grad_(), q, None, False)
 
 
 @pytest.mark.parametrize("mass_rows", [None, slice(-2, None)], ids=str)

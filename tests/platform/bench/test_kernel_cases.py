@@ -36,8 +36,6 @@ def test_bytes_count_every_number_that_is_read_or_written() -> None:
     queries = query.layer(bench, 3, 32, 4, 16, torch.bfloat16)
     assert queries.bytes == 2 * (3 * 32 + 64 * 32 + 2 * 3 * 16 + 3 * 64)
     assert select.choice(bench, 3, 50, 7).bytes == 4 * 3 * 50 + 8 * 3 * 7
-    joined = select.joined(bench, 3, 9, 2)
-    assert joined.bytes == 8 * 3 * (3 + 9 + 2 + 11) + 3 * 3 * 11
     sizes = (bench, 3, 2, 50, torch.bfloat16)
     scored = controller.scoring(*sizes)
     assert scored.bytes == (
