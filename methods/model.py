@@ -35,9 +35,13 @@ class Session(ABC):
     """A batch of sequences in the middle of generation: it owns the live cache.
 
     `logits` always holds the distribution of the next token of every sequence, [B, V].
+
+    Attributes:
+        period: steps after which the same work comes again.
     """
 
     logits: Tensor
+    period: int = 1
 
     @abstractmethod
     def step(self, tokens: Tensor) -> Tensor:
@@ -62,6 +66,31 @@ class Session(ABC):
         for column in ids.unbind(1):
             self.step(column)
         return self.logits
+
+    def freeze(self) -> bool:
+        """Make every further period the same work on the same tensors, as `Cache.freeze` does.
+
+        Returns:
+            False: it cannot be, now; a period may not begin here.
+        """
+        return False
+
+    def thaw(self) -> None:  # noqa: B027
+        """Leave what `freeze` began."""
+
+    def advance(self) -> None:
+        """Hear that a captured period is about to be replayed: what the host counts moves on.
+
+        Whoever replays puts the logits in their place.
+
+        Raises:
+            KvlabError: as steps would; nothing was counted.
+        """
+        raise KvlabError(f"a {type(self).__name__} is not frozen: nothing of it can be replayed")
+
+    def parts(self) -> list[object]:
+        """The objects whose attributes a step sets."""
+        return [self]
 
     @abstractmethod
     def kv_bytes(self) -> int:

@@ -60,9 +60,13 @@ class BlockRows(Cache):
         self.memory: list[Tensor] = []
 
     def begin(self, vectors: Tensor, memory: list[Tensor]) -> None:
-        """Forget the last block and begin one; the storages stay."""
+        """Forget the last block and begin one; the storages stay, those of the first block."""
         self._held = 0
-        self.vectors, self.memory = vectors, memory
+        if not self.vectors.numel():
+            self.vectors, self.memory = vectors.clone(), memory
+            return
+        for kept, fresh in zip((self.vectors, *self.memory), (vectors, *memory), strict=True):
+            kept.copy_(fresh)
 
     def plan(self, step: Step) -> Extra | None:
         self.attends = step.rows == 1 and answers(self._layers[0])

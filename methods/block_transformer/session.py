@@ -34,7 +34,7 @@ class BlockSession(Session):
         refuse_padding_behind(valid)
         batch, tokens = ids.shape
         length, pad = model.params.block_length, model.config.pad_id
-        self._model, self._length = model, length
+        self._model, self._length, self.period = model, length, length
         self._prompt = torch.tensor(batch * tokens) if valid is None else valid.sum()
         self._steps = 0
 
@@ -83,6 +83,19 @@ class BlockSession(Session):
             return self._show(decoder.append(tokens, place, self._rows))
         return self._show(decoder.first(self._close_block(), self._rows))
 
+    def freeze(self) -> bool:
+        return self._place == 0 and self._cache.freeze()
+
+    def thaw(self) -> None:
+        self._cache.thaw()
+
+    def advance(self) -> None:
+        self._cache.advance(1)
+        self._steps += self._length
+
+    def parts(self) -> list[object]:
+        return [self, self._rows, *self._cache.parts()]
+
     def kv_bytes(self) -> int:
         return self._cache.nbytes() + self._rows.nbytes()
 
@@ -93,7 +106,7 @@ class BlockSession(Session):
         """Run the block decoder over the block just completed; return its context [B, D]."""
         embedded = self._model.embedder(self._tokens).unsqueeze(1)
         context = self._model.block_decoder.body(embedded, self._next, self._cache)
-        self._next = self._next + 1
+        self._next += 1
         return context[:, -1]
 
     def _show(self, hidden: Tensor) -> Tensor:

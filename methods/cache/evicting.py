@@ -12,11 +12,11 @@ from kvlab import KvlabError
 from kvlab.kernels.attention import EMPTY, Rule
 from kvlab.methods.budget.budget import Budget, Evidence
 from kvlab.methods.cache.importance import Importance
-from kvlab.methods.cache.interface import Cache, Extra, Keys, Step, copy_saved
+from kvlab.methods.cache.interface import Cache, Extra, Keys, Step, copy_saved, refuse_beyond
 from kvlab.methods.cache.opening import Opening, last_reads
 from kvlab.methods.cache.ranking import Ranking
 from kvlab.methods.cache.storage import Storage
-from kvlab.methods.cache.table import Held, Table
+from kvlab.methods.cache.table import Held, Table, by_head
 from kvlab.methods.cache.windows import ReadsWindow
 
 
@@ -75,17 +75,16 @@ class EvictingCache(Cache):
     def reserve(self, rows: int | Tensor) -> None:
         if not self._ranking.by_turn or not self._seen:
             return
+        self.thaw()
         least = self._opening.least() - 1
         for table in self._tables:
             table.make_room(rows, least, self._newest)
             table.recount()
 
     def plan(self, step: Step) -> Extra | None:
-        if self._seen + step.rows > self._opening.rows:
-            raise KvlabError(
-                f"the cache was opened for {self._opening.rows} positions and is asked for "
-                f"{self._seen + step.rows}: start the session with more new_tokens"
-            )
+        refuse_beyond(self._opening.rows, self._seen + step.rows)
+        if step.rows > 1:
+            self.thaw()
         self._step = step
         self._fresh.clear()
         self._marks.clear()
@@ -94,7 +93,7 @@ class EvictingCache(Cache):
             return None
         if step.positions is None:
             raise KvlabError("only the first pass over a cache may leave its positions out")
-        self._newest = step.positions.amax(1)[:, None, None]
+        self._newest.copy_(step.positions.amax(1)[:, None, None])
         for table in self._tables:
             table.begin()
             if step.rows == 1:
@@ -103,7 +102,7 @@ class EvictingCache(Cache):
 
     def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor | None) -> None:
         if self._seen:
-            k, v = self._by_head(k, v)
+            k, v = by_head(k, self._heads), by_head(v, self._heads)
         if self._stepping():
             table = self._table[layer]
             self._storage[layer].put(table.slots[table.place_of[layer]], k, v)
@@ -115,10 +114,10 @@ class EvictingCache(Cache):
         if not self._seen:
             return None if fresh is None else Keys(*fresh, self._step.positions)
         table = self._table[layer]
-        k, v, stored = self._storage[layer].lying(table.high)
+        k, v, stored = self._storage[layer].lying(table.reach)
         if self._stepping() and table.exact() and not self._masked:
             return Keys(k, v, None, stored)
-        held = table.at(layer)[..., : table.high]
+        held = table.at(layer)[..., : table.reach]
         if fresh is not None:
             k, v = Keys(k, v, None, stored).rows(fresh[0].dtype)
             k, v, stored = torch.cat((k, fresh[0]), dim=2), torch.cat((v, fresh[1]), dim=2), None
@@ -162,17 +161,40 @@ class EvictingCache(Cache):
                     self._settle(layer)
             for table in self._tables:
                 table.fill(torch.minimum(table.budgets, self._lengths))
+            self._measures.reset()
         elif not self._stepping():
             for layer, (k, v) in self._fresh.items():
                 self._merge(layer, k, v)
             for table in self._tables:
                 table.recount()
         self._fresh.clear()
-        if not self._seen:
-            self._measures.reset()
         self._seen += self._step.rows
         if self._budget.refresh and self._measures.steps == self._budget.refresh:
             self._divide_anew()
+
+    def freeze(self) -> bool:
+        by_row = all(storage.by_row for storage in self._storage.values())
+        soon = any(table.fills() for table in self._tables)  # a full one needs no mask
+        if not self._seen or not by_row or soon or self._budget.refresh is not None:
+            return False
+        for table in self._tables:
+            table.frozen = True
+        return True
+
+    def thaw(self) -> None:
+        for table in self._tables:
+            table.frozen = False
+
+    def advance(self, passes: int) -> None:
+        if not all(table.frozen for table in self._tables):
+            super().advance(passes)  # which refuses it
+        refuse_beyond(self._opening.rows, self._seen + passes)
+        self._seen += passes
+        for table in self._tables:
+            table.advance(passes)
+
+    def parts(self) -> list[object]:
+        return [self, *self._tables]
 
     def nbytes(self) -> int:
         rows = sum(storage.nbytes() for storage in self._storage.values())
@@ -257,9 +279,8 @@ class EvictingCache(Cache):
         probe = self._budget.averages(evidence)
         positions = self._positions().unsqueeze(1)
         for layer in sorted(self._readers):
-            table = self._new_table([layer], probe)
-            ranks = table.ranks(positions, self._marks.get(layer), self._newest, None, (layer,))
-            found.append(ranks.mean(1))
+            marks, table = self._marks.get(layer), self._new_table([layer], probe)
+            found.append(table.ranks(positions, marks, self._newest, None, (layer,)).mean(1))
         return torch.stack(found, dim=1)
 
     def _build(self, rows: Tensor, former: dict[int, int] | None = None) -> None:
@@ -305,9 +326,9 @@ class EvictingCache(Cache):
 
     def _settle(self, layer: int) -> None:
         """Keep of a prompt's KV layer what its budget allows."""
-        k, v = self._by_head(*self._fresh.pop(layer))
-        rows = Held(k, v, self._positions().unsqueeze(1), self._marks.pop(layer, None))
-        self._install(layer, rows, self._lengths)
+        k, v = (by_head(x, self._heads) for x in self._fresh.pop(layer))
+        held = Held(k, v, self._positions().unsqueeze(1), self._marks.pop(layer, None))
+        self._install(layer, held, self._lengths)
 
     def _install(self, layer: int, rows: Held, lengths: Tensor) -> None:
         """Copy the best of so many rows [B] (on the CPU) into the layer's own slots."""
@@ -316,13 +337,6 @@ class EvictingCache(Cache):
         table.install(layer, chosen, rows.positions, rows.scores)
         counts = torch.minimum(table.budgets, lengths)
         self._storage[layer].fill(chosen.rows(rows.k), chosen.rows(rows.v), counts)
-
-    def _by_head(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Repeat keys and values for every head that holds rows of its own."""
-        group = self._heads // k.shape[1]
-        if group == 1:
-            return k, v
-        return k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
 
     def _merge(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Keep of a turn, and of what was held, what the budget allows."""
@@ -363,9 +377,8 @@ class EvictingCache(Cache):
     def _held_rows(self, layer: int) -> Held:
         table = self._table[layer]
         scores = table.scores_at(layer)
-        if scores is not None:
-            scores = scores[..., : table.high]
         k, v = self._storage[layer].get(table.high)
+        scores = None if scores is None else scores[..., : table.high]
         return Held(k, v, table.at(layer)[..., : table.high], scores)
 
     def _stepping(self) -> bool:
@@ -378,16 +391,9 @@ class EvictingCache(Cache):
 
     def _window(self, table: Table) -> int | None:
         """Rows back from the newest that a layer of this table can still read; None: all."""
-        windows = self._opening.config.windows
-        if windows is None:
-            return None
-        layer = next(iter(table.place_of))
-        window = self._opening.window(self._readers[layer])
+        window = self._opening.window(self._readers[table.layers[0]])
         return window if window < self._opening.rows else None
 
     def _positions(self) -> Tensor:
         """The positions [B, T] of the pass's rows."""
-        if self._step.positions is not None:
-            return self._step.positions
-        device = self._opening.device
-        return torch.arange(self._step.rows, device=device).expand(self._opening.batch, -1)
+        return self._step.places(self._opening.batch, self._opening.device)

@@ -27,6 +27,12 @@ class Step(NamedTuple):
     positions: Tensor | None
     embedded: Tensor | None = None
 
+    def places(self, batch: int, device: torch.device) -> Tensor:
+        """The positions [B, T], of packed rows too."""
+        if self.positions is not None:
+            return self.positions
+        return torch.arange(self.rows, device=device).expand(batch, -1)
+
 
 class Extra(NamedTuple):
     """Query rows a cache adds to a step (ADORE's rebuild): they run beside the caller's rows.
@@ -154,6 +160,33 @@ class Cache(ABC):
     def finish(self) -> None:  # noqa: B027
         """End the pass: keep, evict, free."""
 
+    def freeze(self) -> bool:
+        """Make every further pass of one row the same work on the same tensors, until `thaw`.
+
+        Then one pass can be captured in a graph and replayed: it reads no number of the host that
+        changes, and leaves what later passes read in tensors that stay. Values are those of other
+        passes, but for the order of sums. A pass of several rows, and `reserve`, thaw.
+
+        Returns:
+            False: it cannot be, now, and nothing changed.
+        """
+        return False
+
+    def thaw(self) -> None:  # noqa: B027
+        """Leave what `freeze` began."""
+
+    def advance(self, passes: int) -> None:
+        """Hear that so many passes of one row are about to be replayed: what the host counts moves.
+
+        Raises:
+            KvlabError: the cache is not frozen, or was opened for fewer rows; nothing was counted.
+        """
+        raise KvlabError(f"a {type(self).__name__} is not frozen: nothing of it can be replayed")
+
+    def parts(self) -> list[object]:
+        """The objects whose attributes a pass sets."""
+        return [self]
+
     def state(self) -> dict[str, Tensor]:
         """Return all that `restore` needs to go on from here in another cache opened alike.
 
@@ -169,6 +202,19 @@ class Cache(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes of the live storages (`untyped_storage().nbytes()`), tables included."""
+
+
+def refuse_beyond(limit: int, rows: int) -> None:
+    """Refuse to hold more rows of a sequence than a cache was opened for.
+
+    Raises:
+        KvlabError: in one line.
+    """
+    if rows > limit:
+        raise KvlabError(
+            f"the cache was opened for {limit} positions and is asked for {rows}: start the "
+            "session with more new_tokens"
+        )
 
 
 def copy_saved(saved: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:

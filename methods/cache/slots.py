@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvlab import KvlabError
 from kvlab.kernels.attention import EMPTY, Rule
-from kvlab.methods.cache.interface import Cache, Extra, Keys, Step, copy_saved
+from kvlab.methods.cache.interface import Cache, Extra, Keys, Step, copy_saved, refuse_beyond
 from kvlab.methods.cache.opening import Opening, last_reads
 from kvlab.methods.cache.policy import Policy
 from kvlab.methods.cache.storage import Storage
@@ -23,6 +23,7 @@ class _Table:
             share a KV layer.
         direct: whether the pass writes its rows where they stay, before they are read.
         rows, slots: the rows of the pass that stay after it, and where they go.
+        upcoming: the slots of all further rows, one by one; while the cache is frozen.
     """
 
     def __init__(self, batch: int, capacity: int, device: torch.device) -> None:
@@ -36,6 +37,7 @@ class _Table:
         self.past: Tensor | None = None
         self.rows: slice | Tensor = slice(0)
         self.slots: slice | Tensor = slice(0)
+        self.upcoming = torch.empty(0)
 
     def place(self, policy: Policy, seen: int, arriving: int) -> None:
         """Find where rows number `seen` and on go; of two rows for one slot the later one stays."""
@@ -48,6 +50,17 @@ class _Table:
         self.direct = seen > 0 and (arriving == 1 or seen + arriving <= self.capacity)
         self.before = min(seen, self.capacity)
         self.held = min(seen + arriving, self.capacity) if self.direct else self.before
+
+    def freeze(self, policy: Policy, seen: int, limit: int, padded: bool) -> None:
+        """Read all slots from now on; by their positions, unless the next row fills the last."""
+        slots = [policy.slot(row, self.capacity) for row in range(seen, limit)]
+        self.upcoming = torch.tensor(slots, device=self.positions.device)
+        self.rows, self.direct = slice(0, 1), True
+        self.before = self.held = self.capacity
+        whole = seen + 1 >= self.capacity and self.exact and not padded
+        # Of the past, a row's position may show where what it pushes out, or nothing, still lies:
+        # who reads before it is written reads what stands before it.
+        self.past, self.readable = self.positions, None if whole else self.positions
 
     def store(self, positions: Tensor) -> None:
         self.positions[:, self.slots] = positions[:, self.rows]
@@ -78,6 +91,7 @@ class SlotCache(Cache):
         self._policy = policy
         self._limit = opening.rows
         self._seen = 0
+        self._since: Tensor | None = None  # [1], rows since the cache was frozen
         self._arriving = 0
         self._padded = False
         self._positions: Tensor | None = None
@@ -99,16 +113,19 @@ class SlotCache(Cache):
         return self._policy.rule(layer, own)
 
     def plan(self, step: Step) -> Extra | None:
-        if self._seen + step.rows > self._limit:
-            raise KvlabError(
-                f"the cache was opened for {self._limit} positions and is asked for "
-                f"{self._seen + step.rows}: start the session with more new_tokens"
-            )
+        refuse_beyond(self._limit, self._seen + step.rows)
         self._arriving, self._positions = step.rows, step.positions
+        if step.rows > 1:
+            self.thaw()
         if step.positions is not None and (step.rows > 1 or not self._seen):
             self._padded = True  # as far as anyone can tell without asking the device
             self._refuse_gaps(step.positions)
         self._written.clear()
+        if self._since is not None:
+            for table in self._tables.values():
+                table.slots = table.upcoming.index_select(0, self._since)
+                table.store(self._known())
+            return None
         for table in self._tables.values():
             table.place(self._policy, self._seen, step.rows)
             if not self._seen:
@@ -161,6 +178,30 @@ class SlotCache(Cache):
             if not table.direct:
                 table.store(self._known())
         self._seen += self._arriving
+        if self._since is not None:
+            self._since += 1
+
+    def freeze(self) -> bool:
+        by_row = all(layer.storage.by_row for layer in self._layers.values())
+        if not by_row or not 0 < self._seen < self._limit:
+            return False
+        if self._since is None:
+            for table in self._tables.values():
+                table.freeze(self._policy, self._seen, self._limit, self._padded)
+            self._since = torch.zeros(1, dtype=torch.long, device=table.positions.device)
+        return True
+
+    def thaw(self) -> None:
+        self._since = None
+
+    def advance(self, passes: int) -> None:
+        if self._since is None:
+            super().advance(passes)  # which refuses it
+        refuse_beyond(self._limit, self._seen + passes)
+        self._seen += passes
+
+    def parts(self) -> list[object]:
+        return [self, *self._tables.values()]
 
     def state(self) -> dict[str, Tensor]:
         """Return the live tensors by name, and how many rows were seen; save them before a pass."""
@@ -178,6 +219,7 @@ class SlotCache(Cache):
         copy_saved(state, live)
         seen, padded = live["seen"].tolist()
         self._seen, self._padded = seen, bool(padded)
+        self.thaw()
 
     def nbytes(self) -> int:
         rows = sum(layer.storage.nbytes() for layer in self._layers.values())

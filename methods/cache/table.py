@@ -42,6 +42,12 @@ class Chosen:
         return found.masked_fill(~self.held, empty)
 
 
+def by_head(x: Tensor, heads: int) -> Tensor:
+    """Repeat keys or values [B, H_kv, S, D] for every head that holds rows of its own."""
+    group = heads // x.shape[1]
+    return x if group == 1 else x.repeat_interleave(group, 1)
+
+
 class Table:
     """Positions, and what rows scored, in the slots of KV layers whose budgets are the same.
 
@@ -56,6 +62,7 @@ class Table:
 
     Attributes:
         low, high: slots in use in the emptiest sample; and in the fullest, all among the first.
+        frozen: steps read all slots, in use or not, so that one is like the other.
         slots: [n, B, H or 1, 1], where this step's row goes.
     """
 
@@ -86,6 +93,7 @@ class Table:
         self._stays = ranking.stays(self.budget[:, 0, 0])
         self.keeps = int(budgets.max())
         self.low = self.high = 0
+        self.frozen = False
         self.slots = self.positions[..., :1]
         self.count = torch.zeros(len(budgets), 1, 1, dtype=torch.long, device=device)
         self.begin()
@@ -105,9 +113,23 @@ class Table:
     def nbytes(self) -> int:
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors().values())
 
+    @property
+    def reach(self) -> int:
+        """Slots, from the first, that a step reads."""
+        return self.capacity if self.frozen else self.high
+
     def exact(self) -> bool:
-        """Whether the first `high` slots hold a row of every sample."""
-        return self.low == self.high
+        """Whether all slots that a step reads hold a row of every sample."""
+        return self.low == self.reach
+
+    def fills(self) -> bool:
+        """Whether the next step takes the last free slot of the emptiest sample."""
+        return self.low + 1 == self.usable
+
+    def advance(self, steps: int) -> None:
+        """Count rows of steps."""
+        self.low = min(self.low + steps, self.usable)
+        self.high = min(self.high + steps, self.capacity)
 
     def at(self, layer: int) -> Tensor:
         """The positions [B, H or 1, C] of a layer."""
@@ -193,15 +215,15 @@ class Table:
         """Take a slot for one new row of each sample, position `newest` [B, 1, 1]."""
         shape = (*self.positions.shape[:-1], 1)
         if self.ranking.grows:
-            self.slots = self.count.expand(shape)
-            self.count = self.count + 1
+            self.count += 1
+            self.slots = (self.count - 1).expand(shape)
             self.positions.scatter_(-1, self.slots, newest.expand(shape))
             if self.scores is not None:
                 self.scores.scatter_(-1, self.slots, 0.0)
         else:
             rows = self._rows(self.positions, self.scores, newest - 1, self.layers)
             self.slots = replaced(self.ranking, rows, newest, self._stays, window, self._usable)
-        self.low, self.high = min(self.low + 1, self.usable), min(self.high + 1, self.capacity)
+        self.advance(1)
 
     def merge(
         self,
@@ -281,14 +303,14 @@ class Table:
         known = self._standing.get(self.place_of[layer])
         if known is not None:
             return known
-        held = self.at(layer)[..., : self.high]
+        held = self.at(layer)[..., : self.reach]
         if fresh is not None:
             held = torch.cat((held, fresh.unsqueeze(1).expand(-1, held.shape[1], -1)), dim=-1)
         empty = (held == EMPTY).sum(-1, keepdim=True)
         numbers = (held.argsort(-1).argsort(-1) - empty).clamp_min(0)
         keys = numbers if numbers.shape[1] > 1 else numbers[:, 0]
         if fresh is None:
-            queries = (self.high - 1 - empty[:, 0]) if held.shape[-1] else empty[:, 0]
+            queries = (self.reach - 1 - empty[:, 0]) if held.shape[-1] else empty[:, 0]
         else:
             queries = numbers[:, 0, -fresh.shape[1] :]
         self._standing[self.place_of[layer]] = queries, keys

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from kvlab import KvlabError
 from kvlab.methods.axis import Method
+from kvlab.methods.decoder.graph import Capture, Greedy, capture_on
 from kvlab.methods.model import LanguageModel
 
 LOOK_EVERY = 16
@@ -31,6 +32,7 @@ def generate(
     seed: int = 0,
     eos: int | None = None,
     apply: Method | None = None,
+    capture: Callable[[torch.device], Capture | None] = capture_on,
 ) -> list[list[int]]:
     """Continue each prompt; return the continuations alone.
 
@@ -43,6 +45,7 @@ def generate(
         seed: of the sampling.
         eos: a continuation ends after this token.
         apply: run-time axes (eviction); None is the full cache.
+        capture: what captures greedy steps on a device (see `Greedy`); None: they stay eager.
 
     Raises:
         GenerationError: an empty prompt, an id outside the vocabulary, an impossible setting.
@@ -52,15 +55,20 @@ def generate(
     ids, valid = left_pad(prompts, device)
     generator = torch.Generator(device).manual_seed(seed)
     session = model.start(ids, valid, new_tokens=max(0, new_tokens - 1), apply=apply)
+    greedy = Greedy(session, capture(device)) if temperature == 0.0 else None
     chosen: list[Tensor] = []
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    for step in range(new_tokens):
-        if step:
-            session.step(chosen[-1])
-        chosen.append(pick(session.logits, temperature, top_k, top_p, generator))
+    while (count := len(chosen)) < new_tokens:
+        if greedy is not None:
+            picked = greedy.more(new_tokens - count)
+        else:
+            if chosen:
+                session.step(chosen[-1])
+            picked = pick(session.logits, temperature, top_k, top_p, generator).unsqueeze(0)
+        chosen.extend(picked.unbind(0))
         if eos is not None:
-            ended |= chosen[-1] == eos
-            if step % LOOK_EVERY == LOOK_EVERY - 1 and ended.all():
+            ended |= (picked == eos).any(0)
+            if len(chosen) // LOOK_EVERY > count // LOOK_EVERY and ended.all():
                 break
     rows: list[list[int]] = torch.stack(chosen, 1).tolist() if chosen else [[] for _ in prompts]
     return [row[: row.index(eos) + 1] if eos in row else row for row in rows]

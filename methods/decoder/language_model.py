@@ -153,7 +153,7 @@ class TokenSession(Session):
     def step(self, tokens: Tensor) -> Tensor:
         ids = tokens.unsqueeze(1)
         hidden = self._decoder.body(self._decoder.embed(ids), self._next, self._cache, ids)
-        self._next = self._next + 1
+        self._next += 1
         self._steps += 1
         self.logits = self._decoder.head(hidden[:, -1])
         return self.logits
@@ -178,6 +178,19 @@ class TokenSession(Session):
         self._prompt = self._prompt + given
         self.logits = self._decoder.head(hidden[:, -1])
         return self.logits
+
+    def freeze(self) -> bool:
+        return self._cache.freeze()
+
+    def thaw(self) -> None:
+        self._cache.thaw()
+
+    def advance(self) -> None:
+        self._cache.advance(1)
+        self._steps += 1
+
+    def parts(self) -> list[object]:
+        return [self, *self._cache.parts()]
 
     def kv_bytes(self) -> int:
         return self._cache.nbytes()

@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from kvlab.methods.decoder.graph import capture
 from kvlab.platform.bench.line import seconds
 
 GIB = 1 << 30
@@ -139,19 +140,6 @@ class Clock:
         if flush:
             self._flush()
         return _between(action)
-
-
-def capture(action: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """Capture what a call launches, on the current device; it must have run before.
-
-    Raises:
-        RuntimeError: the call cannot be captured.
-    """
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        action()
-    return graph
 
 
 def _replay(graph: torch.cuda.CUDAGraph) -> float:

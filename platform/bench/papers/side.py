@@ -25,10 +25,10 @@ from kvlab.methods.build import build
 from kvlab.methods.cache.slots import SlotCache
 from kvlab.methods.cost import cost_of
 from kvlab.methods.decoder.config import DecoderConfig
+from kvlab.methods.decoder.graph import capture
 from kvlab.methods.decoder.language_model import TokenSession
 from kvlab.methods.model import LanguageModel, Session
 from kvlab.methods.registry import resolve
-from kvlab.platform.bench.clock import capture
 from kvlab.platform.bench.line import Line
 
 STEPS = 8

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvlab.methods.axis import Method
+from kvlab.methods.decoder.graph import Capture, Greedy, settle
 from kvlab.methods.model import LanguageModel
 
 
@@ -19,7 +20,10 @@ class Generation:
     Attributes:
         prefill: seconds from the prompts to the logits of the first token.
         first_token: seconds from the prompts to the first token itself.
-        decode: seconds from the first token to the last.
+        decode: seconds from the first token to the last, without those of `captured`: a server
+            captures once, and a generation of any length has one capture.
+        captured: seconds that capturing a decode step took. replayed: share of the decode steps
+            that were replays of it; None where there was no step.
         kv_bytes, kv_tokens: storages of the live cache after the last token, and the tokens in it.
         ids: [B, generated], what was generated.
     """
@@ -27,39 +31,46 @@ class Generation:
     prefill: float
     first_token: float
     decode: float
+    captured: float
+    replayed: float | None
     kv_bytes: int
     kv_tokens: int
     ids: Tensor
 
 
 def generate(
-    model: LanguageModel, prompts: Tensor, new_tokens: int, apply: Method | None
+    model: LanguageModel,
+    prompts: Tensor,
+    new_tokens: int,
+    apply: Method | None,
+    capture: Capture | None = None,
 ) -> Generation:
-    """Prefill prompts [B, T] and generate greedily, never ending early."""
+    """Prefill prompts [B, T] and generate greedily, never ending early.
+
+    Args: capture: what captures decode steps, see `Greedy`; None: all are eager.
+    """
     device = prompts.device
-    _settle(device)
+    settle(device)
     begun = time.perf_counter()
     session = model.start(prompts, new_tokens=new_tokens, apply=apply)
-    _settle(device)
+    settle(device)
     prefilled = time.perf_counter()
-    tokens = [session.logits.argmax(-1)]
-    _settle(device)
+    greedy = Greedy(session, capture)
+    tokens = list(greedy.more(1))
+    settle(device)
     first = time.perf_counter()
-    for _ in range(new_tokens - 1):
-        tokens.append(session.step(tokens[-1]).argmax(-1))
-    _settle(device)
+    while len(tokens) < new_tokens:
+        tokens.extend(greedy.more(new_tokens - len(tokens)))
+    settle(device)
     last = time.perf_counter()
     session.step(tokens[-1])  # not timed: the cache then holds all that was generated
     return Generation(
         prefill=prefilled - begun,
         first_token=first - begun,
-        decode=last - first,
+        decode=last - first - greedy.seconds,
+        captured=greedy.seconds,
+        replayed=greedy.replayed / (new_tokens - 1) if new_tokens > 1 else None,
         kv_bytes=session.kv_bytes(),
         kv_tokens=session.kv_tokens(),
         ids=torch.stack(tokens, dim=1),
     )
-
-
-def _settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -9,6 +9,7 @@ import torch
 
 from kvlab.methods.axis import TRAIN_TIME, Method
 from kvlab.methods.cost import Cost, cost_of
+from kvlab.methods.decoder.graph import capture_on
 from kvlab.methods.model import LanguageModel
 from kvlab.methods.registry import from_dict
 from kvlab.methods.store import load as load_model
@@ -31,7 +32,8 @@ def run(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
     Args:
         spec: engine ("torch", also where it is left out, or "vllm"), prompt, generate (tokens),
             batch (sizes), repeats, warmup, apply (run-time axes), kv_budget (bytes or None), dtype
-            ("auto": float32 on a CPU, bfloat16 on CUDA), seed.
+            ("auto": float32 on a CPU, bfloat16 on CUDA), seed, cuda_graph (False: decode steps are
+            eager; also where it is left out they are captured and replayed, on CUDA).
 
     Returns:
         rows (one per batch size), largest_batch (torch) or engine (what vLLM ran with), gates (all
@@ -131,6 +133,7 @@ class Bench:
         self.least = spec["prompt"] + spec["generate"] - model.method.span() + 1
         self.itemsize = next(model.parameters()).element_size()
         budget = None if self.apply is None else self.apply["budget"].value
+        self.capture = capture_on(device) if spec.get("cuda_graph", True) else None
         self.foretold = budget is None or not budget.observes_all
         self.as_asked = True
 
@@ -142,7 +145,8 @@ class Bench:
         draw = torch.Generator().manual_seed((spec["seed"] or 0) * 1_000_003 + repeat)
         shape = (batch, spec["prompt"])
         prompts = torch.randint(self.model.config.vocab_size, shape, generator=draw)
-        found = generate(self.model, prompts.to(self.device), spec["generate"], self.apply)
+        prompts = prompts.to(self.device)
+        found = generate(self.model, prompts, spec["generate"], self.apply, self.capture)
         asked = batch * (spec["prompt"] + spec["generate"])
         self.as_asked &= found.kv_tokens == asked
         self.as_asked &= found.ids.shape == (batch, spec["generate"])
@@ -177,6 +181,8 @@ class Bench:
                 summarise([decoded / g.decode for g in found]) if decoded else None
             ),
             "tokens_per_second": summarise(rates),
+            "replayed": last.replayed,
+            "capture_seconds": last.captured,
             "kv_bytes": last.kv_bytes,
             "kv_tokens": last.kv_tokens,
             "kv_bytes_per_token": last.kv_bytes / last.kv_tokens,

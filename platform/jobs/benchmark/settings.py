@@ -38,6 +38,7 @@ class BenchmarkSettings(Settings):
     kv_budget: Bytes | None = Field(default=None, ge=1)
     dtype: Dtype = "auto"
     engine: Literal["torch", "vllm"] = "torch"
+    cuda_graph: bool = True
 
     @model_validator(mode="after")
     def _distinct(self) -> BenchmarkSettings:
@@ -61,6 +62,7 @@ class Benchmark(Kind):
         engine = {} if settings.engine == "torch" else {"engine": settings.engine}
         return {
             **engine,
+            **({} if settings.cuda_graph else {"cuda_graph": False}),
             **given.spec_of(settings),
             "prompt": settings.prompt,
             "generate": settings.generate,

@@ -168,7 +168,7 @@ def save(model: TokenModel, session: Session, method: Method, ids: Tensor, token
     )  # fmt: skip
     state = {name: tensor.clone() for name, tensor in session._cache.state().items()}
     cache.restore(state)
-    other._cache, other._next, other.logits = cache, session._next, session.logits
+    other._cache, other._next, other.logits = cache, session._next.clone(), session.logits
     for tensor in state.values():  # what was given is not held on to
         tensor.zero_()
     return other
