@@ -1,11 +1,13 @@
-"""A real PostgreSQL for every test that asks for one."""
+"""A real PostgreSQL for every test that asks for one, and what stands for a CUDA graph."""
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import tempfile
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,3 +35,15 @@ def postgres_url(postgres_server: Any) -> str:
     name = f"test_{next(_NUMBERS)}"
     postgres_server.psql(f"CREATE DATABASE {name};")
     return str(postgres_server.get_uri(name))
+
+
+@pytest.fixture(scope="session")
+def emulated() -> Any:
+    """A function that captures a call on the CPU: see `emulation.py` beside this file."""
+    beside = Path(__file__).with_name("emulation.py")
+    spec = importlib.util.spec_from_file_location("emulation", beside)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.capture

@@ -123,8 +123,8 @@ class Table:
         return self.low == self.reach
 
     def fills(self) -> bool:
-        """Whether the next step takes the last free slot of the emptiest sample."""
-        return self.low + 1 == self.usable
+        """Whether the next step takes the last slot of the emptiest sample, and others follow."""
+        return not self.ranking.grows and self.low + 1 == self.usable
 
     def advance(self, steps: int) -> None:
         """Count rows of steps."""
