@@ -70,13 +70,15 @@ class Session(ABC):
     def freeze(self) -> bool:
         """Make every further period the same work on the same tensors, as `Cache.freeze` does.
 
+        A period may begin at any step; the next one that is like it begins a period later.
+
         Returns:
-            False: it cannot be, now; a period may not begin here.
+            False: it cannot be, now, and nothing changed.
         """
         return False
 
     def thaw(self) -> None:  # noqa: B027
-        """Leave what `freeze` began."""
+        """Leave what `freeze` began; what was captured must not be replayed any more."""
 
     def advance(self) -> None:
         """Hear that a captured period is about to be replayed: what the host counts moves on.

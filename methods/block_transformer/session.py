@@ -84,7 +84,7 @@ class BlockSession(Session):
         return self._show(decoder.first(self._close_block(), self._rows))
 
     def freeze(self) -> bool:
-        return self._place == 0 and self._cache.freeze()
+        return self._cache.freeze()
 
     def thaw(self) -> None:
         self._cache.thaw()

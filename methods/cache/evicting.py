@@ -75,7 +75,6 @@ class EvictingCache(Cache):
     def reserve(self, rows: int | Tensor) -> None:
         if not self._ranking.by_turn or not self._seen:
             return
-        self.thaw()
         least = self._opening.least() - 1
         for table in self._tables:
             table.make_room(rows, least, self._newest)

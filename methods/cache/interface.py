@@ -165,7 +165,7 @@ class Cache(ABC):
 
         Then one pass can be captured in a graph and replayed: it reads no number of the host that
         changes, and leaves what later passes read in tensors that stay. Values are those of other
-        passes, but for the order of sums. A pass of several rows, and `reserve`, thaw.
+        passes, but for the order of sums. A pass of several rows thaws.
 
         Returns:
             False: it cannot be, now, and nothing changed.
@@ -173,7 +173,7 @@ class Cache(ABC):
         return False
 
     def thaw(self) -> None:  # noqa: B027
-        """Leave what `freeze` began."""
+        """Leave what `freeze` began; what was captured must not be replayed any more."""
 
     def advance(self, passes: int) -> None:
         """Hear that so many passes of one row are about to be replayed: what the host counts moves.

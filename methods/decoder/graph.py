@@ -55,10 +55,10 @@ def capture_on(device: torch.device) -> Capture | None:
 class Greedy:
     """The likeliest tokens of a session, one after another.
 
-    Steps are eager until the session can be frozen where a period begins. One period more is eager,
-    which compiles kernels; the next is captured, the picks of its tokens included, and from then on
-    replayed. What is no whole period at the end is eager again. Where others go on with the session
-    in between (`step`, `extend`), it begins anew with their logits.
+    Steps are eager until the session can be frozen. One period more is eager, which compiles
+    kernels; the next is captured, the picks of its tokens included, and from then on replayed. What
+    is no whole period at the end is eager again. Where others go on with the session in between
+    (`step`, `extend`), it begins anew with their logits.
 
     Args:
         session: whose logits are those of the first token.
@@ -102,7 +102,7 @@ class Greedy:
                 self._capture = None
             else:
                 return self._replay(self._graph)
-        self._graph = None
+        self._graph = None  # a period would now begin elsewhere
         return self._step().unsqueeze(0)
 
     def _pays(self, most: int) -> bool:

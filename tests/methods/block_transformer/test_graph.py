@@ -35,7 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "h2o": {"h2o": {}, "uniform": {"tokens": 4}},
     "int8": {"int8": {}},
 }
-NEW = 41
+NEW = 43
 LENGTH = 4
 
 

@@ -44,6 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "by turn": {"streaming_llm": {"turns": True}, "uniform": {"tokens": 28}},
     "h2o": {"h2o": {}, **CUT},
     "rolling h2o": {"h2o": {"positions": "cache"}, **CUT},
+    "h2o that fills late": {"h2o": {}, "uniform": {"tokens": 52}},
     "roomy h2o": {"h2o": {}, "uniform": {"tokens": 400}},
     "snapkv": {"snapkv": {"window": 4}, **CUT},
     "snapkv by query": {"snapkv": {"window": 4, "heads": "query"}, **CUT},
@@ -146,6 +147,10 @@ def test_whatever_layers_read(emulated: Any, name: str, config: str) -> None:
 )
 def test_what_the_host_decides_stays_eager(emulated: Any, written: dict[str, Any]) -> None:
     assert go_through(made("grouped"), EQUAL, written, emulated) == 0
+    session = started(made("grouped"), EQUAL, written, NEW)
+    for tokens in TURN.T:
+        session.step(tokens)
+        assert not session.freeze()
 
 
 @pytest.mark.parametrize("name", ["full", "window", "h2o", "snapkv", "in cache"])
@@ -185,6 +190,10 @@ def test_a_capture_that_fails_leaves_nothing_behind(
     assert replayed == 0
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "one call too many" in caplog.text
+    session = started(made("grouped"), EQUAL, METHODS[name], NEW)
+    take(Greedy(session, partial(emulated, most=most)), 5)
+    with pytest.raises(KvlabError, match="not frozen"):  # steps read what is in use alone, again
+        session.advance()
 
 
 @pytest.mark.parametrize("name", ["full", "window", "h2o", "snapkv"])
