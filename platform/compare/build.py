@@ -18,6 +18,7 @@ from kvlab.platform.compare.labels import grouped, listed
 from kvlab.platform.compare.metrics import METRICS, Place
 from kvlab.platform.compare.model import Arm, Column, Comparison, Cost, Front, Number
 from kvlab.platform.compare.pareto import front
+from kvlab.platform.compare.replays import replay_notes
 from kvlab.platform.compare.statistics import summarise
 from kvlab.platform.compare.studies import read_studies, study_notes, unfound
 
@@ -60,6 +61,7 @@ def compare(workflow: Workflow) -> Comparison:
             *layout.notes,
             *_unfronted(workflow.report, layout),
             *_notes(arms, measured),
+            *replay_notes(drafts),
             *study_notes(workflow.jobs),
             *_open(workflow.jobs),
         ),

@@ -155,6 +155,8 @@ def _title(reading: Reading) -> str:
     if reading.place == "load":
         parts = [f"{details['rate']:g} requests a second, {', '.join(parts)}"]
         parts.append(f"{details['requests']} requests, {details['memory'] / 2**20:,.0f} MiB")
+    if not details.get("cuda_graph", True):
+        parts.append("eager steps")
     parts += [str(details[name]) for name in ("device_name", "dtype") if details.get(name)]
     if details.get("threads") and str(details.get("device") or "cpu").startswith("cpu"):
         parts.append(f"{details['threads']} threads")

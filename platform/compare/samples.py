@@ -187,6 +187,7 @@ def read_speed(spec: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[R
         return
     details = _circumstances(spec, result)
     details["kv_budget"] = spec.get("kv_budget")
+    details["cuda_graph"] = spec.get("cuda_graph", True)
     setting = ("speed", *details.values())
     reading = Reading("speed", setting, details)
     closed = _closed_gates(result)

@@ -160,6 +160,8 @@ class Lab:
         environment: Mapping[str, Any] = CPU,
         outcome: Any = None,
         largest: int | None = None,
+        replayed: float | None = 0.0,
+        cuda_graph: bool = True,
     ) -> str:
         """Add a benchmark with `speed` tokens/s at batch 1; repeats spread by +-`width`."""
         model = next(row for row in self.jobs if row.name == of)
@@ -177,6 +179,7 @@ class Lab:
                 "time_to_first_token": timed(0.021 * batch * 100 / speed),
                 "decode_tokens_per_second": timed(speed * batch**0.8 * 1.1),
                 "tokens_per_second": timed(speed * batch**0.8),
+                "replayed": replayed,
                 "kv_bytes": int(kv * batch * 256),
                 "kv_tokens": batch * 256,
                 "kv_bytes_per_token": kv,
@@ -199,6 +202,7 @@ class Lab:
             "apply": apply or {},
             "kv_budget": None,
             "dtype": "auto",
+            **({} if cuda_graph else {"cuda_graph": False}),
         }
         return self.add(
             self._measuring(job, of, apply),

@@ -330,3 +330,26 @@ def test_json_is_plain_and_complete(quickstart: Any) -> None:
     assert number["change"]["verdict"] == "better"
     assert number["seeds"].keys() == {"0", "1", "2"}
     assert {c["id"] for c in raw["columns"]} >= {"perplexity[quality]", "train_seconds"}
+
+
+def test_arms_whose_steps_were_not_replayed_alike_are_named(lab: Any) -> None:
+    base, other, third = (lab.train(name, 0) for name in ("base", "other", "third"))
+    lab.benchmark(base, 100, replayed=0.992)
+    lab.benchmark(other, 100, replayed=0.984)
+    assert not [note for note in built(lab).notes if "replayed" in note]
+    lab.benchmark(third, 100, replayed=0.0)
+    (note,) = [note for note in built(lab).notes if "replayed" in note]
+    assert "99 % of base; 98 % of other; 0 % of third." in note
+
+
+def test_eager_steps_that_were_asked_for_stand_in_columns_of_their_own(lab: Any) -> None:
+    base = lab.train("base", 0)
+    lab.benchmark(base, 100, replayed=0.99)
+    lab.benchmark(base, 80, job="slow", replayed=0.0, cuda_graph=False)
+    comparison = built(lab)
+    titles = {setting.id: setting.title for setting in comparison.settings}
+    assert "eager steps" in titles["slow"]
+    assert "eager steps" not in titles["speed"]
+    numbers = comparison.arm("base").numbers
+    assert numbers["tokens_per_second[speed,batch=1]"].value == 100
+    assert numbers["tokens_per_second[slow,batch=1]"].value == 80

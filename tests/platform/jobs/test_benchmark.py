@@ -128,6 +128,52 @@ def test_what_is_timed_is_greedy_generation(base):
     assert found.decode > 0
 
 
+@pytest.mark.parametrize(("arm", "asked"), [("base", 33), ("blocks", 41), ("base", 1)])
+def test_what_was_replayed_is_said_and_captures_are_not_timed(
+    arm, asked, request, emulated, monkeypatch
+):
+    model = load(request.getfixturevalue(arm))
+    prompts = torch.randint(1, 257, (2, 9), generator=torch.Generator().manual_seed(0))
+    clock = {"now": 0.0, "captures": 0}
+
+    def capture(action):
+        clock["now"] += 1000.0
+        clock["captures"] += 1
+        return emulated(action)
+
+    for module in ("platform.jobs.benchmark.measure.time", "methods.decoder.graph"):
+        monkeypatch.setattr(f"kvlab.{module}.perf_counter", lambda: tick(clock))
+    found = generate(model, prompts, asked, None, capture)
+    eager = generate(model, prompts, asked, None)
+    assert found.ids.equal(eager.ids)
+    assert (found.kv_bytes, found.kv_tokens) == (eager.kv_bytes, eager.kv_tokens)
+    if asked == 1:
+        assert (found.replayed, eager.replayed, clock["captures"]) == (None, None, 0)
+        return
+    period = 1 if arm == "base" else 4
+    assert found.replayed == (asked - 1 - period) / (asked - 1)
+    assert (eager.replayed, eager.captured, clock["captures"]) == (0.0, 0.0, 1)
+    assert 1000 < found.captured < 1010
+    assert 0 < found.decode < 10
+
+
+def tick(clock):
+    """A clock that moves by a little each time it is read."""
+    clock["now"] += 1.0
+    return clock["now"]
+
+
+def test_only_what_asks_for_no_graphs_has_none(base, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "kvlab.platform.jobs.benchmark.run.capture_on", lambda device: asked.append(device)
+    )
+    (row,) = bench(base, tmp_path, batch=[1], repeats=1, cuda_graph=False)["rows"]
+    assert (row["replayed"], row["capture_seconds"], asked) == (0.0, 0.0, [])
+    (row,) = bench(base, tmp_path, batch=[1], repeats=1)["rows"]
+    assert (row["replayed"], len(asked)) == (0.0, 1)
+
+
 def test_a_benchmark_stops_between_generations(base, tmp_path):
     with pytest.raises(Stopped):
         bench(base, tmp_path, {"stop_after": 3})
