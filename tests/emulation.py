@@ -116,9 +116,7 @@ def written(func: Any, args: Any, kwargs: Any) -> list[Any]:
     found = []
     for number, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            found.append(
-                args[number] if number < len(args) else kwargs.get(argument.name)
-            )
+            found.append(args[number] if number < len(args) else kwargs.get(argument.name))
     return found
 
 

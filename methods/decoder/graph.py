@@ -41,15 +41,28 @@ The call has been made before.
 def capture(action: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """Capture a call in a CUDA graph, on the current device: see `Capture`."""
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    graph, stream = torch.cuda.CUDAGraph(), _beside(torch.cuda.current_device())
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         action()
     return graph
 
 
 def capture_on(device: torch.device) -> Capture | None:
     """Return what captures on a device; None where nothing does."""
-    return capture if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+
+    def there(action: Callable[[], object]) -> Graph:
+        with torch.cuda.device(device):
+            return capture(action)
+
+    return there
+
+
+@cache
+def _beside(device: int) -> torch.cuda.Stream:
+    """The stream that captures run on: one of each device, as each keeps memory of its own."""
+    return torch.cuda.Stream(device)
 
 
 class Greedy:
@@ -129,8 +142,7 @@ class Greedy:
             picked = self._period()
 
         try:
-            with torch.cuda.device_of(self._tokens):
-                graph = self._capture(period)
+            graph = self._capture(period)
         except KvlabError:  # the session was not opened for so many tokens: its steps will say it
             pass
         except RuntimeError as error:
