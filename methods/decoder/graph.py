@@ -62,7 +62,7 @@ def capture_on(device: torch.device) -> Capture | None:
 @cache
 def _beside(device: int) -> torch.cuda.Stream:
     """The stream that captures run on: one of each device, as each keeps memory of its own."""
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class Greedy:
