@@ -18,6 +18,7 @@ from kvlab.methods.block_transformer.model import BlockTransformer
 from kvlab.methods.block_transformer.rows import RequestRows
 from kvlab.methods.build import build
 from kvlab.methods.decoder.config import DecoderConfig, llama
+from kvlab.methods.decoder.graph import Greedy, capture_on
 from kvlab.methods.eviction.adore.controller import Controller
 from kvlab.methods.eviction.adore.sizes import ControllerConfig
 from kvlab.methods.model import LanguageModel
@@ -81,19 +82,26 @@ def by_kernels(device: torch.device) -> Iterator[None]:
         yield
 
 
-def run(model: LanguageModel, apply: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The tokens [STEPS, B] that a greedy session chooses, and their logits."""
+def run(
+    model: LanguageModel, apply: dict[str, Any], device: torch.device, *, freeze: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The tokens [STEPS, B] that a greedy session chooses, and their logits.
+
+    Args: freeze: as soon as it can be; which must come.
+    """
     draw = torch.Generator().manual_seed(3)
     ids = torch.randint(1, VOCABULARY, (2, PROMPT), generator=draw).to(device)
     valid = torch.arange(PROMPT, device=device) >= torch.tensor([[0], [5]], device=device)
     session = model.to(device).start(
         ids, valid, new_tokens=STEPS, apply=resolve(apply) if apply else None
     )
-    tokens, logits = [], []
+    tokens, logits, frozen = [], [], False
     for _ in range(STEPS):
         logits.append(session.logits.cpu())
         tokens.append(session.logits.argmax(-1))
+        frozen |= freeze and session.freeze()
         session.step(tokens[-1])
+    assert frozen == freeze
     return torch.stack(tokens).cpu(), torch.stack(logits)
 
 
@@ -114,6 +122,43 @@ def test_a_session_on_kernels_is_one_on_twins(
     assert wanted <= asked
     torch.testing.assert_close(close, logits, rtol=1e-4, atol=1e-4)
     assert torch.equal(found, tokens)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "adore"])
+def test_frozen_steps_on_kernels_are_those_on_twins(
+    device: torch.device, case: str, model: Callable[[dict[str, Any]], LanguageModel]
+) -> None:
+    method, apply, wanted = CASES[case]
+    with choice.torch_only():
+        tokens, logits = run(model(method), apply, device)
+    asked: set[str] = set()
+    with by_kernels(device), watching(asked):
+        found, close = run(model(method), apply, device, freeze=True)
+    assert wanted <= asked
+    torch.testing.assert_close(close, logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found, tokens)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
+@pytest.mark.parametrize("case", [case for case in CASES if case != "adore"])
+def test_a_captured_session_is_an_eager_one(
+    case: str, model: Callable[[dict[str, Any]], LanguageModel]
+) -> None:
+    method, apply, _ = CASES[case]
+    device = torch.device("cuda")
+    ids = torch.arange(1, 2 * PROMPT + 1, device=device).view(2, -1)
+    found = []
+    for capture in (capture_on(device), None):
+        session = model(method).to(device).start(ids, new_tokens=60, apply=resolve(apply))
+        greedy, tokens = Greedy(session, capture), []
+        while len(tokens) < 60:
+            tokens.extend(greedy.more(60 - len(tokens)))
+        found.append((torch.stack(tokens), session.step(tokens[-1])))
+        assert (greedy.replayed >= 45) == (capture is not None)
+    (ours, logits), (theirs, others) = found
+    assert torch.equal(ours, theirs)
+    torch.testing.assert_close(logits, others, rtol=1e-4, atol=1e-4)
 
 
 @contextmanager
