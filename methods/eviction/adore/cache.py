@@ -106,6 +106,9 @@ class AdoreCache(EvictingCache):
         super().finish()
         self._begin_pass()
 
+    def freeze(self) -> bool:
+        return False  # what is rebuilt and scored turns on counts of the host
+
     def nbytes(self) -> int:
         logged = sum(tensor.untyped_storage().nbytes() for tensor in self._logged().values())
         return super().nbytes() + logged + self._scores.shared_bytes()

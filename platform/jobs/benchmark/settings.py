@@ -98,6 +98,7 @@ class Benchmark(Kind):
         return (
             *(SERVER_SOURCES if spec.get("engine") == "vllm" else ()),
             "kvlab.methods.budget.cost",
+            "kvlab.methods.decoder.graph",
             "kvlab.platform.jobs.checkpoint",
             "kvlab.platform.jobs.benchmark",
             "kvlab.platform.jobs.dtype",

@@ -142,6 +142,7 @@ def test_whatever_layers_read(emulated: Any, name: str, config: str) -> None:
     [
         {"kivi": {"bits": 4, "residual": 8, "group": 8}},
         {"h2o": {}, "squeeze_attention": {"tokens": 12, "refresh": 5}},
+        {"adore": {"scores": "rule", "recent": 2, "rebuild": 3, "refresh": 3}, **CUT},
     ],
     ids=str,
 )
