@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from kvlab import KvlabError
 from kvlab.kernels.attention import EMPTY, Rule
+from kvlab.kernels.stored import Stored
 from kvlab.methods.cache.interface import Cache, Extra, Keys, Step, copy_saved, refuse_beyond
 from kvlab.methods.cache.opening import Opening, last_reads
 from kvlab.methods.cache.policy import Policy
@@ -24,6 +27,7 @@ class _Table:
         direct: whether the pass writes its rows where they stay, before they are read.
         rows, slots: the rows of the pass that stay after it, and where they go.
         upcoming: the slots of all further rows, one by one; while the cache is frozen.
+        began, lengths: rows that were seen when it was, and [B] slots in use or more since then.
     """
 
     def __init__(self, batch: int, capacity: int, device: torch.device) -> None:
@@ -38,6 +42,8 @@ class _Table:
         self.rows: slice | Tensor = slice(0)
         self.slots: slice | Tensor = slice(0)
         self.upcoming = torch.empty(0)
+        self.began = 0
+        self.lengths: Tensor | None = None
 
     def place(self, policy: Policy, seen: int, arriving: int) -> None:
         """Find where rows number `seen` and on go; of two rows for one slot the later one stays."""
@@ -48,6 +54,7 @@ class _Table:
         self.rows = _index([row for _, row in ordered], device)
         # One row drops only what its query may not read; several may drop what the first may read.
         self.direct = seen > 0 and (arriving == 1 or seen + arriving <= self.capacity)
+        self.lengths = None
         self.before = min(seen, self.capacity)
         self.held = min(seen + arriving, self.capacity) if self.direct else self.before
 
@@ -57,10 +64,17 @@ class _Table:
         self.upcoming = torch.tensor(slots, device=self.positions.device)
         self.rows, self.direct = slice(0, 1), True
         self.before = self.held = self.capacity
+        self.began = seen
         whole = seen + 1 >= self.capacity and self.exact and not padded
         # Of the past, a row's position may show where what it pushes out, or nothing, still lies:
         # who reads before it is written reads what stands before it.
         self.past, self.readable = self.positions, None if whole else self.positions
+
+    def take(self, since: Tensor) -> None:
+        """Find the slot of the next row, number `since` [1] from when it was frozen."""
+        self.slots = self.upcoming.index_select(0, since)
+        if self.began + 1 < self.capacity:
+            self.lengths = (since + self.began + 1).expand(len(self.positions))
 
     def store(self, positions: Tensor) -> None:
         self.positions[:, self.slots] = positions[:, self.rows]
@@ -72,6 +86,13 @@ class _Layer:
     def __init__(self, storage: Storage, table: _Table) -> None:
         self.storage, self.table = storage, table
         self.fresh: tuple[Tensor, Tensor] | None = None
+
+    def keys(self, rows: int, positions: Tensor | None) -> Keys:
+        """The first rows as they lie."""
+        k, v, stored = self.storage.lying(rows)
+        if self.table.lengths is not None:
+            stored = replace(stored or Stored(), lengths=self.table.lengths)
+        return Keys(k, v, positions, stored)
 
 
 class SlotCache(Cache):
@@ -123,7 +144,7 @@ class SlotCache(Cache):
         self._written.clear()
         if self._since is not None:
             for table in self._tables.values():
-                table.slots = table.upcoming.index_select(0, self._since)
+                table.take(self._since)
                 table.store(self._known())
             return None
         for table in self._tables.values():
@@ -155,9 +176,9 @@ class SlotCache(Cache):
         store = self._layers[layer]
         table = store.table
         if layer not in self._written:
-            return _keys(store.storage, table.before, table.past) if table.before else None
+            return store.keys(table.before, table.past) if table.before else None
         if store.fresh is None:
-            return _keys(store.storage, table.held, table.readable)
+            return store.keys(table.held, table.readable)
         k, v = store.fresh
         if table.held:
             past_k, past_v = store.storage.get(table.held)
@@ -250,11 +271,6 @@ class SlotCache(Cache):
                 "padding between the turns of a conversation would push out rows that count: with "
                 "sliding windows give turns of one length, or one sequence at a time"
             )
-
-
-def _keys(storage: Storage, rows: int, positions: Tensor | None) -> Keys:
-    k, v, stored = storage.lying(rows)
-    return Keys(k, v, positions, stored)
 
 
 def _index(numbers: list[int], device: torch.device) -> slice | Tensor:
