@@ -64,7 +64,7 @@ def test_a_mirror_that_never_answers_does_not_outlive_its_controller(home, monke
         assert "mirror" not in {thread.name for thread in threading.enumerate()}
 
 
-def test_mlflow_down_then_up_then_again(home, tmp_path):
+def test_mlflow_down_then_up_then_again(home, tmp_path, monkeypatch):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     spec = {"sleep": 0.2, "points": STEPS, "checkpoints": 5, "fail": None}
     jobs = [NewJob(name, name, "noop", spec, {}, {}, (), name, {}) for name in ("a", "b")]
@@ -79,6 +79,7 @@ def test_mlflow_down_then_up_then_again(home, tmp_path):
         assert f"kvlab resume {number}" in outcome.mirror
         assert {job.mirrored_state for job in store.load(number).jobs} == {None}
 
+        monkeypatch.setattr(feed, "FINISH_SECONDS", 120.0)
         expected = {name: [(step, step - 1.0) for step in range(1, STEPS + 1)] for name in "ab"}
         for _ in range(2):
             mirror = actor.remote(uri)

@@ -71,9 +71,12 @@ def test_a_run_without_mlflow_ends_as_ever_and_a_later_one_brings_mlflow_up_to_d
     assert "does not answer" in outcome["mirror"]
     assert heavy == []
 
-    resumed, heavy = kvlab(folder, uri, "resume")
+    for _ in range(5):  # a run waits seconds for MLflow, and a busy machine takes more
+        resumed, heavy = kvlab(folder, uri, "resume")
+        assert heavy == []
+        if resumed["mirror"] is None:
+            break
     assert resumed["mirror"] is None
-    assert heavy == []
     client = MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("kvlab/points")
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
