@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from kvlab.kernels.attention import CAUSAL, CODES, Rule
@@ -77,7 +76,7 @@ def attend(
         "k_at": None if k_positions is None else _each(k_positions, batch, kv_heads, keys),
         "lengths": None if stored.lengths is None else _each(stored.lengths, batch, kv_heads),
         "table": None if stored.table is None else _each(stored.table, batch, kv_heads, keys),
-        "k_few": None if few is None else _few(few.bits, _slots(few), few.keys, keys),
+        "k_few": None if few is None else _few(few.keys, keys),
         "turn": _turn(stored, batch, kv_heads, keys),
         "T": rows,
         "S": keys,
@@ -93,12 +92,15 @@ def attend(
         "STRICT": rule.strict,
         "WINDOWED": rule.window is not None,
         "FLOAT8": k.dtype in (torch.uint8, FLOAT8),
+        "BITS": 0 if few is None else few.bits,
+        "SLOTS": 0 if few is None else _slots(few),
     }
     with torch.cuda.device(q.get_device()):  # -1, the CPU's, changes nothing
         values = {
             "v": _laid(v, paged),
             "v_scale": _laid(stored.v_scale, paged),
-            "v_few": None if few is None else _few(few.bits, _channels(v, few), few.values, keys),
+            "v_few": None if few is None else _few(few.values, keys),
+            "CHANNELS": 0 if few is None else _channels(v, few),
         }
         out, lse = _forward(given | values, shape, v.shape[-1], mass_rows is not None, parts)
         mass = None if mass_rows is None else _mass(given, shape, lse, range(rows)[mass_rows])
@@ -209,8 +211,8 @@ def _channels(v: Tensor, few: FewBits) -> int:
     return v.shape[-1] // few.values.codes.shape[3]
 
 
-def _few(bits: int, numbers: int, groups: Groups, keys: int) -> tuple[Any, ...]:
-    """What kernels take of groups of so many numbers; which recent row stands in each slot."""
+def _few(groups: Groups, keys: int) -> tuple[Any, ...]:
+    """What kernels take of groups; last the number of the recent row in each slot, -1: none."""
     parts = (_laid(x, False) for x in (groups.codes, groups.scale, groups.low))
     slots = groups.slots
     # Whole lines of 16: the same kernel however many rows there are. The last is for nobody's.
@@ -218,7 +220,7 @@ def _few(bits: int, numbers: int, groups: Groups, keys: int) -> tuple[Any, ...]:
     shown = slots.new_full((*slots.shape[:2], wide), -1, dtype=torch.int32)
     recent = torch.arange(slots.shape[2], dtype=torch.int32, device=slots.device)
     shown.scatter_(2, slots.clamp(max=keys).long(), recent.expand(slots.shape))
-    return tl.constexpr(bits), tl.constexpr(numbers), *parts, (shown, *shown.stride())
+    return *parts, (shown, *shown.stride())
 
 
 def _each(x: Tensor, batch: int, *shape: int) -> tuple[Any, ...]:

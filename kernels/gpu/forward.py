@@ -53,6 +53,9 @@ def forward(
     STRICT: tl.constexpr,
     WINDOWED: tl.constexpr,
     FLOAT8: tl.constexpr,
+    BITS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ) -> None:
     """Write out [parts, B, H, T, D_V] and lse [parts, B, H, T], in powers of 2.
 
@@ -106,7 +109,8 @@ def forward(
         rows = start + tl.arange(0, BLOCK_N)
         j, live, stored = places(k_at, table, sample, kv, rows, end, PACKED)
         keys = load_keys(
-            k, k_few, turn, sample, kv, start, end, stored, live, D, BLOCK_D, DTYPE, FLOAT8
+            k, k_few, turn, sample, kv, start, end, stored, live, D, BLOCK_D, DTYPE, FLOAT8,
+            BITS, SLOTS,
         )  # fmt: skip
         scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
         if FLOAT8 or k_scale is not None:
@@ -124,7 +128,7 @@ def forward(
         if FLOAT8 or v_scale is not None:
             shares *= load_scale(v_scale, sample, kv, stored, live, FLOAT8)[None, :]
         values = load_values(
-            v, v_few, sample, kv, rows, stored, live, D_V, BLOCK_V, DTYPE, FLOAT8
+            v, v_few, sample, kv, rows, stored, live, D_V, BLOCK_V, DTYPE, FLOAT8, BITS, CHANNELS
         )  # fmt: skip
         acc = tl.dot(shares.to(DTYPE), values, acc * fade[:, None], input_precision="ieee")
         most = higher

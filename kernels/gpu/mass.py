@@ -50,6 +50,8 @@ def weigh(
     STRICT: tl.constexpr,
     WINDOWED: tl.constexpr,
     FLOAT8: tl.constexpr,
+    BITS: tl.constexpr,
+    SLOTS: tl.constexpr,
 ) -> None:
     """Write mass [B, H, S]: the probabilities of every key, summed over rows start to stop of T.
 
@@ -71,7 +73,8 @@ def weigh(
         end = tl.minimum(tl.maximum(held, 0), S)
     j, live, stored = places(k_at, table, sample, kv, rows, end, PACKED)
     keys = load_keys(
-        k, k_few, turn, sample, kv, block * BLOCK_N, end, stored, live, D, BLOCK_D, DTYPE, FLOAT8
+        k, k_few, turn, sample, kv, block * BLOCK_N, end, stored, live, D, BLOCK_D, DTYPE, FLOAT8,
+        BITS, SLOTS,
     )  # fmt: skip
     factor = load_scale(k_scale, sample, kv, stored, live, FLOAT8) * scale
 

@@ -2,7 +2,8 @@
 
 A tile has BLOCK_M query rows: BLOCK_T tokens times GROUP heads that read one KV head, heads
 innermost. A tensor comes as (pointer, its strides in elements) without the last, which is 1. Rows
-in few bits come as (bits, numbers of a group, codes, scale, low, the recent row of each slot).
+in few bits come as (codes, scale, low, the recent row of each slot): codes of BITS, in key groups
+of SLOTS, value groups of CHANNELS.
 """
 
 from __future__ import annotations
@@ -112,26 +113,28 @@ def decoded_keys(
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr,
+    BITS: tl.constexpr,
+    SLOTS: tl.constexpr,
 ) -> tl.tensor:
     """Channels d of the keys in BLOCK_N slots from `first` on, by their codes.
 
     Slots that share a byte, and runs of slots that share a scale, load it once.
     """
-    BITS, GROUP, codes, scale, low, _ = few
+    codes, scale, low, _ = few
     PER: tl.constexpr = 8 // BITS
     MOST: tl.constexpr = 3 if BITS == 2 else 15
-    DIVISOR: tl.constexpr = GROUP & -GROUP
+    DIVISOR: tl.constexpr = SLOTS & -SLOTS
     RUN: tl.constexpr = DIVISOR if DIVISOR < BLOCK_N else BLOCK_N
     slot = first + tl.arange(0, BLOCK_N // PER) * PER
-    begin = lines(codes, sample, head, slot // GROUP) + slot % GROUP // PER * D
+    begin = lines(codes, sample, head, slot // SLOTS) + slot % SLOTS // PER * D
     mask = (slot < end)[:, None] & inside[None, :]
     packed = tl.load(begin[:, None] + d[None, :], mask=mask, other=0)
     x = (packed[:, None, :] >> (tl.arange(0, PER) * BITS)[None, :, None]) & MOST
     slot = first + tl.arange(0, BLOCK_N // RUN) * RUN
     mask = (slot < end)[:, None] & inside[None, :]
-    begin = lines(scale, sample, head, slot // GROUP)
+    begin = lines(scale, sample, head, slot // SLOTS)
     s = tl.load(begin[:, None] + d[None, :], mask=mask, other=0.0)
-    begin = lines(low, sample, head, slot // GROUP)
+    begin = lines(low, sample, head, slot // SLOTS)
     least = tl.load(begin[:, None] + d[None, :], mask=mask, other=0.0)
     x = tl.reshape(x, [BLOCK_N // RUN, RUN, d.shape[0]])
     return tl.reshape(decoded(x, s[:, None, :], least[:, None, :], DTYPE), [BLOCK_N, d.shape[0]])
@@ -147,12 +150,14 @@ def decoded_values(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DTYPE: tl.constexpr,
+    BITS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ) -> tl.tensor:
     """Values of rows [N] by their codes; each byte and each scale is loaded once."""
-    BITS, WIDTH, codes, scale, low, _ = few
+    codes, scale, low, _ = few
     PER: tl.constexpr = 8 // BITS
     MOST: tl.constexpr = 3 if BITS == 2 else 15
-    RUN: tl.constexpr = BLOCK_D if WIDTH == D else WIDTH & -WIDTH
+    RUN: tl.constexpr = BLOCK_D if CHANNELS == D else CHANNELS & -CHANNELS
     byte = tl.arange(0, BLOCK_D // PER)
     mask = live[:, None] & (byte * PER < D)[None, :]
     begin = lines(codes, sample, head, rows)
@@ -160,7 +165,7 @@ def decoded_values(
     x = (packed[:, :, None] >> (tl.arange(0, PER) * BITS)[None, None, :]) & MOST
     run = tl.arange(0, BLOCK_D // RUN) * RUN
     mask = live[:, None] & (run < D)[None, :]
-    group = run // WIDTH
+    group = run // CHANNELS
     begin = lines(scale, sample, head, rows)
     s = tl.load(begin[:, None] + group[None, :], mask=mask, other=0.0)
     begin = lines(low, sample, head, rows)
@@ -200,14 +205,17 @@ def load_values(
     BLOCK_D: tl.constexpr,
     DTYPE: tl.constexpr,
     FLOAT8: tl.constexpr,
+    BITS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ) -> tl.tensor:
     """Values [N, BLOCK_D] of rows without their scale, zero where `live` is false."""
     d = tl.arange(0, BLOCK_D)
     if few is None:
         x = load_columns(v, sample, head, stored, live, d, d < D, DTYPE, FLOAT8)
     else:
-        recent = standing(few[5], sample, head, rows, live)
-        x = decoded_values(few, sample, head, rows, live & (recent < 0), D, BLOCK_D, DTYPE)
+        recent = standing(few[3], sample, head, rows, live)
+        coded = live & (recent < 0)
+        x = decoded_values(few, sample, head, rows, coded, D, BLOCK_D, DTYPE, BITS, CHANNELS)
         own = load_columns(v, sample, head, recent, recent >= 0, d, d < D, DTYPE, FLOAT8)
         x = tl.where((recent >= 0)[:, None], own, x)
     return x
@@ -228,14 +236,16 @@ def key_columns(
     D: tl.constexpr,
     DTYPE: tl.constexpr,
     FLOAT8: tl.constexpr,
+    BITS: tl.constexpr,
+    SLOTS: tl.constexpr,
 ) -> tl.tensor:
     """Numbers d of keys [N] as they are kept, without their scale; zero where not `inside`."""
     if few is None:
         x = load_columns(k, sample, head, stored, live, d, inside, DTYPE, FLOAT8)
     else:
         N: tl.constexpr = live.shape[0]
-        recent = standing(few[5], sample, head, first + tl.arange(0, N), live)
-        x = decoded_keys(few, sample, head, first, end, d, inside, D, N, DTYPE)
+        recent = standing(few[3], sample, head, first + tl.arange(0, N), live)
+        x = decoded_keys(few, sample, head, first, end, d, inside, D, N, DTYPE, BITS, SLOTS)
         own = load_columns(k, sample, head, recent, recent >= 0, d, inside, DTYPE, FLOAT8)
         x = tl.where((recent >= 0)[:, None], own, x)
     return x
@@ -256,6 +266,8 @@ def load_keys(
     BLOCK_D: tl.constexpr,
     DTYPE: tl.constexpr,
     FLOAT8: tl.constexpr,
+    BITS: tl.constexpr,
+    SLOTS: tl.constexpr,
 ) -> tl.tensor:
     """Keys [N, BLOCK_D] of rows from `first` on without their scale; those not `live` are anything.
 
@@ -263,7 +275,7 @@ def load_keys(
     """
     d = tl.arange(0, BLOCK_D)
     x = key_columns(
-        k, few, sample, head, first, end, stored, live, d, d < D, D, DTYPE, FLOAT8
+        k, few, sample, head, first, end, stored, live, d, d < D, D, DTYPE, FLOAT8, BITS, SLOTS
     )  # fmt: skip
     if turn is not None:
         at, at_sample, at_head, at_row, cos, sin, HALF, count = turn
@@ -278,7 +290,8 @@ def load_keys(
         c = tl.load(cos + entries, mask=turned, other=1.0)
         s = tl.load(sin + entries, mask=turned, other=0.0)
         y = key_columns(
-            k, few, sample, head, first, end, stored, known, other, d < 2 * HALF, D, DTYPE, FLOAT8
+            k, few, sample, head, first, end, stored, known, other, d < 2 * HALF, D, DTYPE,
+            FLOAT8, BITS, SLOTS,
         )  # fmt: skip
         y = y.to(tl.float32) * tl.where(low[None, :], -s, s)
         x = (x.to(tl.float32) * c + y).to(DTYPE)
