@@ -306,30 +306,34 @@ def _check_few(q: Tensor, k: Tensor, v: Tensor, stored: Stored, few: FewBits) ->
             raise ValueError(f"{name}: rows in few bits have none")
     if few.bits not in (2, 4):
         raise ValueError(f"few.bits: must be 2 or 4, found {few.bits}")
-    lead = (len(q), k.shape[1])
-    for name, x in (("keys", few.keys.codes), ("values", few.values.codes)):
-        if x.dim() != 5 or not all(x.shape[3:]):
-            raise ValueError(f"few.{name}.codes: must have 5 dimensions, found {list(x.shape)}")
-    groups, blocks = few.keys.codes.shape[2], few.values.codes.shape[3]
+    keys, values, width = few.keys, few.values, v.shape[-1]
+    for name, codes in (("keys", keys.codes), ("values", values.codes)):
+        if codes.dim() != 5 or not all(codes.shape[3:]):
+            raise ValueError(f"few.{name}.codes: must have 5 dimensions, found {list(codes.shape)}")
+    groups, blocks = keys.codes.shape[2], values.codes.shape[3]
     if groups * _slots(few) < few.count:
         raise ValueError(f"few.keys.codes: {groups} groups of {_slots(few)} slots do not hold "
                          f"{few.count} rows")  # fmt: skip
-    numbers = _channels(v, few)
-    if v.shape[-1] % blocks or (blocks > 1 and numbers * few.bits % 8):
+    bits = _channels(v, few) * few.bits  # of a value group
+    if width % blocks or (blocks > 1 and bits % 8):
         raise ValueError(f"few.values.codes: {blocks} groups of whole bytes do not make up "
-                         f"{v.shape[-1]} channels")  # fmt: skip
-    key_bytes, value_bytes = few.keys.codes.shape[3], -(-numbers * few.bits // 8)
-    for name, x, own, size, tail in (
-        ("keys", few.keys, k, (*lead, groups), (key_bytes, k.shape[-1])),
-        ("values", few.values, v, (*lead, few.count), (blocks, value_bytes)),
-    ):
-        one = (1, tail[1]) if name == "keys" else (blocks, 1)
-        refuse_unlike(f"few.{name}.codes", x.codes, (*size, *tail), q, (torch.uint8,))
-        refuse_unlike(f"few.{name}.scale", x.scale, (*size, *one), q, (q.dtype,))
-        refuse_unlike(f"few.{name}.low", x.low, (*size, *one), q, (q.dtype,))
-        refuse_unlike(f"few.{name}.slots", x.slots, (*lead, own.shape[2]), q, INTEGERS)
-        for part in ("codes", "scale", "low"):
-            parts: Tensor = getattr(x, part)
-            if parts.numel() and not parts[0, 0, 0].is_contiguous():
-                raise ValueError(f"few.{name}.{part}: rows must be without gaps, found strides "
-                                 f"{parts.stride()}")  # fmt: skip
+                         f"{width} channels")  # fmt: skip
+    lead = (len(q), k.shape[1])
+    of_keys = (*lead, groups, keys.codes.shape[3], k.shape[-1])
+    _check_groups("few.keys", keys, of_keys, (1, k.shape[-1]), k.shape[2], q)
+    of_values = (*lead, few.count, blocks, -(-bits // 8))
+    _check_groups("few.values", values, of_values, (blocks, 1), v.shape[2], q)
+
+
+def _check_groups(
+    name: str, groups: Groups, codes: tuple[int, ...], one: tuple[int, int], recent: int, q: Tensor
+) -> None:
+    """Refuse codes that are not of a shape, scales not [*codes[:3], *one], rows with gaps."""
+    refuse_unlike(f"{name}.codes", groups.codes, codes, q, (torch.uint8,))
+    refuse_unlike(f"{name}.scale", groups.scale, (*codes[:3], *one), q, (q.dtype,))
+    refuse_unlike(f"{name}.low", groups.low, (*codes[:3], *one), q, (q.dtype,))
+    refuse_unlike(f"{name}.slots", groups.slots, (*codes[:2], recent), q, INTEGERS)
+    for part, x in (("codes", groups.codes), ("scale", groups.scale), ("low", groups.low)):
+        if x.numel() and not x[0, 0, 0].is_contiguous():
+            raise ValueError(f"{name}.{part}: a row must be without gaps, found strides "
+                             f"{x.stride()}")  # fmt: skip

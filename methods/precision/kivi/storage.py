@@ -99,7 +99,8 @@ class Kivi(Storage):
 
     def lying(self, rows: int) -> tuple[Tensor, Tensor, Stored]:
         parts = (self.value_codes, self.value_scale, self.value_low)
-        values = Groups(*(part[:, :, :rows] for part in parts), self.values.slots)
+        codes, scale, low = (part[:, :, :rows] for part in parts)
+        values = Groups(codes, scale, low, self.values.slots)
         few = FewBits(self.bits, self._keys(-(-rows // self.group), ALL), values)
         return self.keys.rows, self.values.rows, Stored(few=few)
 
@@ -174,7 +175,8 @@ class Kivi(Storage):
     def _keys(self, groups: int, samples: Tensor | slice) -> Groups:
         """The first groups of keys, and where recent ones stand."""
         parts = (self.key_codes, self.key_scale, self.key_low)
-        return Groups(*(part[samples, :, :groups] for part in parts), self.keys.slots[samples])
+        codes, scale, low = (part[samples, :, :groups] for part in parts)
+        return Groups(codes, scale, low, self.keys.slots[samples])
 
     def _store_values(self, rows: Tensor, slots: Tensor) -> None:
         """Quantise value rows [B, H, n, D] into slots [B, H, n]."""

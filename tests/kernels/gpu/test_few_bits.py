@@ -198,7 +198,7 @@ OTHERS: list[tuple[str, str, dict[str, Any]]] = [
     ("few.keys.codes: 2 groups of 4 slots", "keys", {"codes": torch.zeros(2, 2, 2, 2, 16).byte()}),
     ("few.keys.codes: must have 5", "keys", {"codes": torch.zeros(2, 2, 8, 16).byte()}),
     ("few.keys.codes: must be torch.uint8", "keys", {"codes": torch.zeros(2, 2, 2, 4, 16)}),
-    ("few.keys.codes: rows must be without gaps", "keys",
+    ("few.keys.codes: a row must be without gaps", "keys",
      {"codes": torch.zeros(2, 2, 2, 16, 4).byte().mT}),
     ("few.keys.scale: must be", "keys", {"scale": torch.zeros(2, 2, 2, 1, 16).half()}),
     ("few.keys.slots: must be", "keys", {"slots": torch.zeros(2, 2, 6).int()}),
