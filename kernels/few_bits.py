@@ -32,10 +32,10 @@ class Groups:
 
     def keys(self, bits: int, recent: Tensor) -> Tensor:
         """Return the keys [B, H_kv, S or more, D] of all slots that the groups have."""
-        groups, codes = self.codes.shape[2], unpack(self.codes, bits, -2)
-        room, rows = self._room(recent, groups * codes.shape[3])
-        grouped = torch.unflatten(rows, 2, (groups, codes.shape[3]))
-        dequantise(codes, self.scale, self.low, grouped)
+        groups, slots = self.codes.shape[2], self.codes.shape[3] * 8 // bits
+        room, rows = self._room(recent, groups * slots)
+        grouped = torch.unflatten(rows, 2, (groups, slots))
+        dequantise(unpack(self.codes, bits, -2), self.scale, self.low, grouped)
         return self._laid(recent, room)
 
     def values(self, bits: int, recent: Tensor) -> Tensor:
