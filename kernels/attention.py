@@ -91,8 +91,8 @@ def attend(
         mask: returns what `rule` allows by these positions, where layers share it; asked only where
             a mask is needed.
         stored: how keys and values lie: k and v are then rows of a pool (`Stored.table`), int8
-            codes, or 8-bit floats (float8_e4m3fn or its bytes; none is NaN). On CUDA no row is
-            copied.
+            codes, 8-bit floats (float8_e4m3fn or its bytes; none is NaN), or the recent rows of a
+            cache in few bits (`Stored.few`). On CUDA no row is copied.
         each: return the attention of every one of those rows, not their sum.
 
     Returns:
@@ -148,7 +148,8 @@ def _fusible(q: Tensor, k: Tensor, v: Tensor, stored: Stored | None, each: bool)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return False
     dtype = working_dtype(q)
-    known = (dtype,) if stored is None else (dtype, *CODES)
+    coded = stored is not None and stored.few is None
+    known = (dtype, *CODES) if coded else (dtype,)
     return (
         q.dtype == dtype
         and dtype in (torch.float32, torch.bfloat16, torch.float16)

@@ -1,4 +1,4 @@
-"""How a cache's rows lie: in 8 bits, in a pool of rows, not yet rotated."""
+"""How a cache's rows lie: in 8, 4 or 2 bits, in a pool of rows, not yet rotated."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvlab.kernels.few_bits import FewBits
 from kvlab.kernels.quantise import FLOAT8, from_float8
 
 
@@ -36,6 +37,8 @@ class Stored:
             [rows, H_kv, D], their scales [rows, H_kv, 1]. Where a row holds nothing, any number.
         lengths: [B] or [B, H_kv]: rows from there on hold nothing.
         turn: keys are kept unrotated. Queries come rotated.
+        few: rows lie in few bits, but for the recent ones: keys and values are then these alone,
+            [B, H_kv, L, D], and may differ in number. Neither scales nor table beside it.
     """
 
     k_scale: Tensor | None = None
@@ -43,6 +46,7 @@ class Stored:
     table: Tensor | None = None
     lengths: Tensor | None = None
     turn: Turn | None = None
+    few: FewBits | None = None
 
     def rows(self, k: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return copies [B, H_kv, S, D] of keys and values as `attend` takes them without this."""
@@ -50,6 +54,8 @@ class Stored:
         if self.table is not None:
             k, v = _gathered(k, self.table), _gathered(v, self.table)
             scales = [scale if scale is None else _gathered(scale, self.table) for scale in scales]
+        if self.few is not None:
+            k, v = self.few.rows(k, v)
         k, v = (_decoded(x, scale, dtype) for x, scale in zip((k, v), scales, strict=True))
         return (k if self.turn is None else _turned(k, self.turn)), v
 

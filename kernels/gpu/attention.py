@@ -11,6 +11,8 @@ import triton
 from torch import Tensor
 
 from kvlab.kernels.attention import CAUSAL, CODES, Rule
+from kvlab.kernels.few_bits import FewBits, Groups
+from kvlab.kernels.given import refuse_unlike
 from kvlab.kernels.gpu.forward import combine, forward
 from kvlab.kernels.gpu.mass import weigh
 from kvlab.kernels.quantise import FLOAT8
@@ -50,8 +52,10 @@ def attend(
     """
     batch, heads, rows, dim = q.shape
     stored = PLAIN if stored is None else stored
-    paged = stored.table is not None
-    kv_heads, keys = k.shape[1], stored.table.shape[-1] if stored.table is not None else k.shape[2]
+    paged, few = stored.table is not None, stored.few
+    if few is not None:
+        _check_few(q, k, v, stored, few)
+    kv_heads, keys = k.shape[1], _count(k, stored)
     _check(q, k, v, q_positions, k_positions, stored, keys)
     packed = q_positions is None and k_positions is None
     if packed and keys != rows:
@@ -62,7 +66,8 @@ def attend(
 
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     group = heads // kv_heads
-    shape = _Shape(group, rows, max(dim, v.shape[-1]), q.element_size(), stored.turn is not None)
+    worked = few is not None or stored.turn is not None
+    shape = _Shape(group, rows, max(dim, v.shape[-1]), q.element_size(), worked)
     given = {
         "q": (q, *q.stride()[:3]),
         "k": _laid(k, paged),
@@ -71,6 +76,7 @@ def attend(
         "k_at": None if k_positions is None else _each(k_positions, batch, kv_heads, keys),
         "lengths": None if stored.lengths is None else _each(stored.lengths, batch, kv_heads),
         "table": None if stored.table is None else _each(stored.table, batch, kv_heads, keys),
+        "k_few": None if few is None else _few(few.keys, keys),
         "turn": _turn(stored, batch, kv_heads, keys),
         "T": rows,
         "S": keys,
@@ -86,9 +92,16 @@ def attend(
         "STRICT": rule.strict,
         "WINDOWED": rule.window is not None,
         "FLOAT8": k.dtype in (torch.uint8, FLOAT8),
+        "BITS": 0 if few is None else few.bits,
+        "SLOTS": 0 if few is None else _slots(few),
     }
     with torch.cuda.device(q.get_device()):  # -1, the CPU's, changes nothing
-        values = {"v": _laid(v, paged), "v_scale": _laid(stored.v_scale, paged)}
+        values = {
+            "v": _laid(v, paged),
+            "v_scale": _laid(stored.v_scale, paged),
+            "v_few": None if few is None else _few(few.values, keys),
+            "CHANNELS": 0 if few is None else _channels(v, few),
+        }
         out, lse = _forward(given | values, shape, v.shape[-1], mass_rows is not None, parts)
         mass = None if mass_rows is None else _mass(given, shape, lse, range(rows)[mass_rows])
     return out, mass
@@ -102,14 +115,15 @@ class _Shape:
         tiles: that a KV head's queries make. keys: of a block. weighed: a tile's rows for the mass.
     """
 
-    def __init__(self, group: int, rows: int, dim: int, size: int, turned: bool) -> None:
+    def __init__(self, group: int, rows: int, dim: int, size: int, worked: bool) -> None:
+        """Args: dim: numbers of a head, of `size` bytes. worked: keys are computed, not loaded."""
         wide = max(16, triton.next_power_of_2(dim)) * size  # bytes of a row
         most = (128 if wide <= 256 else 64) if size < 4 else max(16, 8192 // wide)
         self.group = min(triton.next_power_of_2(group), most, WEIGHED)
         self.groups = -(-group // self.group)
         height = min(most, max(16, triton.next_power_of_2(self.group * rows)))
         self.tokens = height // self.group
-        self.keys = max(16, min(128, (8192 if turned else 16384) // wide))
+        self.keys = max(16, min(128, (8192 if worked else 16384) // wide))
         self.tiles = -(-rows // self.tokens) * self.groups
         self.warps = 8 if height == 128 else 4
         self.weighed = min(height, WEIGHED)
@@ -180,6 +194,35 @@ def _laid(x: Tensor | None, paged: bool) -> tuple[Any, ...] | None:
     return (x, 0, x.stride(1), x.stride(0)) if paged else (x, *x.stride()[:3])
 
 
+def _count(k: Tensor, stored: Stored) -> int:
+    """How many rows the cache has, S."""
+    if stored.few is not None:
+        return stored.few.count
+    return k.shape[2] if stored.table is None else stored.table.shape[-1]
+
+
+def _slots(few: FewBits) -> int:
+    """Slots of a key group."""
+    return few.keys.codes.shape[3] * 8 // few.bits
+
+
+def _channels(v: Tensor, few: FewBits) -> int:
+    """Channels of a value group."""
+    return v.shape[-1] // few.values.codes.shape[3]
+
+
+def _few(groups: Groups, keys: int) -> tuple[Any, ...]:
+    """What kernels take of groups; last the number of the recent row in each slot, -1: none."""
+    parts = (_laid(x, False) for x in (groups.codes, groups.scale, groups.low))
+    slots = groups.slots
+    # Whole lines of 16: the same kernel however many rows there are. The last is for nobody's.
+    wide = (keys // 16 + 1) * 16
+    shown = slots.new_full((*slots.shape[:2], wide), -1, dtype=torch.int32)
+    recent = torch.arange(slots.shape[2], dtype=torch.int32, device=slots.device)
+    shown.scatter_(2, slots.clamp(max=keys).long(), recent.expand(slots.shape))
+    return *parts, (shown, *shown.stride())
+
+
 def _each(x: Tensor, batch: int, *shape: int) -> tuple[Any, ...]:
     """A tensor [B or 1, ...] with its strides in [B, *shape]; heads may be left out."""
     if x.dim() < 1 + len(shape):
@@ -211,22 +254,27 @@ def _check(
     kv_heads, width = k.shape[1], v.shape[-1]
     if q.dtype not in FLOATS:
         raise ValueError(f"q: must be float32, bfloat16 or float16, found {q.dtype}")
-    if k.dtype not in (q.dtype, *CODES) or v.dtype != k.dtype:
-        raise ValueError(f"k, v: must be {q.dtype}, int8 or 8-bit floats, the same of both, "
+    known = (q.dtype,) if stored.few is not None else (q.dtype, *CODES)
+    if k.dtype not in known or v.dtype != k.dtype:
+        listed = " or ".join(str(dtype) for dtype in known)
+        raise ValueError(f"k, v: must be {listed}, the same of both, "
                          f"found {k.dtype} and {v.dtype}")  # fmt: skip
     if not kv_heads or heads % kv_heads:
         raise ValueError(f"k: {kv_heads} heads do not divide the {heads} of q")
     if not 0 < max(dim, width) <= WIDEST:
         raise ValueError(f"q, v: heads must be of 1 to {WIDEST} numbers, found {dim} and {width}")
-    lead = (len(k), kv_heads) if paged else (batch, kv_heads, keys)
+    lead: tuple[int, ...] = (batch, kv_heads, keys)
+    k_lead, v_lead = ((len(k), kv_heads),) * 2 if paged else (lead, lead)
+    if stored.few is not None:
+        k_lead, v_lead = ((*lead[:2], x.shape[2]) for x in (k, v))
     by_head = [(batch, keys), (1, keys), (batch, kv_heads, keys), (1, kv_heads, keys)]
     wanted: list[tuple[str, Tensor | None, list[tuple[int, ...]]]] = [
-        ("k", k, [(*lead, dim)]),
-        ("v", v, [(*lead, width)]),
+        ("k", k, [(*k_lead, dim)]),
+        ("v", v, [(*v_lead, width)]),
         ("q_positions", q_positions, [(batch, rows), (1, rows)]),
         ("k_positions", k_positions, [*by_head, (batch, 1, keys), (1, 1, keys)]),
-        ("k_scale", stored.k_scale, [(*lead, 1)]),
-        ("v_scale", stored.v_scale, [(*lead, 1)]),
+        ("k_scale", stored.k_scale, [(*k_lead, 1)]),
+        ("v_scale", stored.v_scale, [(*v_lead, 1)]),
         ("table", stored.table, by_head),
         ("lengths", stored.lengths, [(batch,), (batch, kv_heads), (batch, 1)]),
     ]
@@ -249,3 +297,43 @@ def _check(
             raise ValueError(f"{name}: must be on {q.device} like q, found {x.device}")
         if name.endswith(("positions", "table", "lengths")) and x.dtype not in INTEGERS:
             raise ValueError(f"{name}: must be int32 or int64, found {x.dtype}")
+
+
+def _check_few(q: Tensor, k: Tensor, v: Tensor, stored: Stored, few: FewBits) -> None:
+    """Refuse what does not fit the recent rows k, v."""
+    for name in ("k_scale", "v_scale", "table"):
+        if getattr(stored, name) is not None:
+            raise ValueError(f"{name}: rows in few bits have none")
+    if few.bits not in (2, 4):
+        raise ValueError(f"few.bits: must be 2 or 4, found {few.bits}")
+    keys, values, width = few.keys, few.values, v.shape[-1]
+    for name, codes in (("keys", keys.codes), ("values", values.codes)):
+        if codes.dim() != 5 or not all(codes.shape[3:]):
+            raise ValueError(f"few.{name}.codes: must have 5 dimensions, found {list(codes.shape)}")
+    groups, blocks = keys.codes.shape[2], values.codes.shape[3]
+    if groups * _slots(few) < few.count:
+        raise ValueError(f"few.keys.codes: {groups} groups of {_slots(few)} slots do not hold "
+                         f"{few.count} rows")  # fmt: skip
+    bits = _channels(v, few) * few.bits  # of a value group
+    if width % blocks or (blocks > 1 and bits % 8):
+        raise ValueError(f"few.values.codes: {blocks} groups of whole bytes do not make up "
+                         f"{width} channels")  # fmt: skip
+    lead = (len(q), k.shape[1])
+    of_keys = (*lead, groups, keys.codes.shape[3], k.shape[-1])
+    _check_groups("few.keys", keys, of_keys, (1, k.shape[-1]), k.shape[2], q)
+    of_values = (*lead, few.count, blocks, -(-bits // 8))
+    _check_groups("few.values", values, of_values, (blocks, 1), v.shape[2], q)
+
+
+def _check_groups(
+    name: str, groups: Groups, codes: tuple[int, ...], one: tuple[int, int], recent: int, q: Tensor
+) -> None:
+    """Refuse codes that are not of a shape, scales not [*codes[:3], *one], rows with gaps."""
+    refuse_unlike(f"{name}.codes", groups.codes, codes, q, (torch.uint8,))
+    refuse_unlike(f"{name}.scale", groups.scale, (*codes[:3], *one), q, (q.dtype,))
+    refuse_unlike(f"{name}.low", groups.low, (*codes[:3], *one), q, (q.dtype,))
+    refuse_unlike(f"{name}.slots", groups.slots, (*codes[:2], recent), q, INTEGERS)
+    for part, x in (("codes", groups.codes), ("scale", groups.scale), ("low", groups.low)):
+        if x.numel() and not x[0, 0, 0].is_contiguous():
+            raise ValueError(f"{name}.{part}: a row must be without gaps, found strides "
+                             f"{x.stride()}")  # fmt: skip

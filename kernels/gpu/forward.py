@@ -11,8 +11,8 @@ import triton.language as tl
 from kvlab.kernels.gpu.rows import (
     load_keys,
     load_query,
-    load_rows,
     load_scale,
+    load_values,
     places,
     readable,
     standing,
@@ -30,6 +30,8 @@ def forward(
     k_at: tl.tensor,
     lengths: tl.tensor,
     table: tl.tensor,
+    k_few: tl.tensor,
+    v_few: tl.tensor,
     turn: tl.tensor,
     out: tl.tensor,
     lse: tl.tensor,
@@ -51,6 +53,9 @@ def forward(
     STRICT: tl.constexpr,
     WINDOWED: tl.constexpr,
     FLOAT8: tl.constexpr,
+    BITS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ) -> None:
     """Write out [parts, B, H, T, D_V] and lse [parts, B, H, T], in powers of 2.
 
@@ -58,7 +63,7 @@ def forward(
         q_at, k_at: (positions, strides). Neither: row t reads its past among rows of the same
             numbers (`PACKED`). No k_at otherwise: every row may be read.
         lengths: (counts, strides) of rows that hold something; None: S.
-        turn: see `load_keys`.
+        k_few, v_few: rows in few bits; k and v are then the recent rows. turn: see `load_keys`.
         scale: of the scores, log2(e) included. HEADS: query heads that read one KV head.
         GROUP: of these, how many are in a tile; a power of 2.
     """
@@ -100,10 +105,12 @@ def forward(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     for block in range(part * each, tl.minimum(part * each + each, blocks)):
-        rows = (block + tl.where(block < early, 0, skipped)) * BLOCK_N + tl.arange(0, BLOCK_N)
+        start = (block + tl.where(block < early, 0, skipped)) * BLOCK_N
+        rows = start + tl.arange(0, BLOCK_N)
         j, live, stored = places(k_at, table, sample, kv, rows, end, PACKED)
         keys = load_keys(
-            k, turn, sample, kv, rows, stored, live, D, BLOCK_D, DTYPE, FLOAT8
+            k, k_few, turn, sample, kv, start, end, stored, live, D, BLOCK_D, DTYPE, FLOAT8,
+            BITS, SLOTS,
         )  # fmt: skip
         scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
         if FLOAT8 or k_scale is not None:
@@ -120,7 +127,9 @@ def forward(
         total = total * fade + tl.sum(shares, 1)
         if FLOAT8 or v_scale is not None:
             shares *= load_scale(v_scale, sample, kv, stored, live, FLOAT8)[None, :]
-        values = load_rows(v, sample, kv, stored, live, D_V, BLOCK_V, DTYPE, FLOAT8)
+        values = load_values(
+            v, v_few, sample, kv, rows, stored, live, D_V, BLOCK_V, DTYPE, FLOAT8, BITS, CHANNELS
+        )  # fmt: skip
         acc = tl.dot(shares.to(DTYPE), values, acc * fade[:, None], input_precision="ieee")
         most = higher
 

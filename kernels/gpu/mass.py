@@ -28,6 +28,7 @@ def weigh(
     k_at: tl.tensor,
     lengths: tl.tensor,
     table: tl.tensor,
+    k_few: tl.tensor,
     turn: tl.tensor,
     lse: tl.tensor,
     mass: tl.tensor,
@@ -49,6 +50,8 @@ def weigh(
     STRICT: tl.constexpr,
     WINDOWED: tl.constexpr,
     FLOAT8: tl.constexpr,
+    BITS: tl.constexpr,
+    SLOTS: tl.constexpr,
 ) -> None:
     """Write mass [B, H, S]: the probabilities of every key, summed over rows start to stop of T.
 
@@ -69,7 +72,10 @@ def weigh(
         held = tl.load(lengths[0] + sample * lengths[1] + kv * lengths[2]).to(tl.int32)
         end = tl.minimum(tl.maximum(held, 0), S)
     j, live, stored = places(k_at, table, sample, kv, rows, end, PACKED)
-    keys = load_keys(k, turn, sample, kv, rows, stored, live, D, BLOCK_D, DTYPE, FLOAT8)
+    keys = load_keys(
+        k, k_few, turn, sample, kv, block * BLOCK_N, end, stored, live, D, BLOCK_D, DTYPE, FLOAT8,
+        BITS, SLOTS,
+    )  # fmt: skip
     factor = load_scale(k_scale, sample, kv, stored, live, FLOAT8) * scale
 
     m = tl.arange(0, BLOCK_M)

@@ -41,9 +41,9 @@ writes this page anew: the date, the commit, the device, the versions, and
 - for every kernel a table over batch and rows: microseconds of ours, of its torch twin and of
   torch's attention (FlashAttention and cuDNN by name), GB/s or TFLOP/s, and the share of a measured
   copy or matrix product: decode attention over a dense cache, with the key mass, after eviction,
-  over int8, fp8, rows of a pool and unrotated keys; prefill with the key mass; evict and write; the
-  token decoder's step; the residual's cosine; the queries of a layer; ADORE's controller and what
-  it chooses;
+  over int8, fp8, KIVI's 4 and 2 bits, rows of a pool and unrotated keys; prefill with the key mass;
+  evict and write; the token decoder's step; the residual's cosine; the queries of a layer; ADORE's
+  controller and what it chooses;
 - for every paper our tokens/s beside full attention's and the paper's own ratio: the Block
   Transformer, SqueezeAttention, ADORE, layers that share keys and values;
 - the other measurements of `make bench` that a GPU can make.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvlab.kernels.attention import Rule
+from kvlab.kernels.few_bits import FewBits, Groups
 from kvlab.kernels.stored import Stored, Turn
 
 triton = pytest.importorskip("triton")
@@ -201,6 +202,21 @@ def pooled(dtype: torch.dtype) -> Given:
     return torch.zeros(2, 8, 1, 128).bfloat16(), pool, kept
 
 
+def few(bits: int, width: int, dtype: torch.dtype, turned: bool = False) -> Given:
+    """Rows in few bits, in groups of 32, and 33 recent ones."""
+    q, recent = torch.zeros(2, 8, 1, width, dtype=dtype), torch.zeros(2, 2, 33, width, dtype=dtype)
+
+    def of(*shape: int, size: int) -> Groups:
+        codes = torch.zeros(2, 2, *shape[:-2], *(n if n > 1 else size for n in shape[-2:]))
+        scale = torch.zeros(2, 2, *shape, dtype=dtype)
+        return Groups(codes.byte(), scale, scale, torch.zeros(2, 2, 33, dtype=torch.int32))
+
+    kept = FewBits(bits, of(2, 1, width, size=4 * bits), of(64, width // 32, 1, size=4 * bits))
+    angles = torch.zeros(64, width // 2)
+    turn = Turn(torch.zeros(2, 64).long(), angles, angles) if turned else None
+    return q, recent, Stored(turn=turn, few=kept)
+
+
 @pytest.mark.parametrize(
     ("given", "rule", "capability"),
     [
@@ -209,8 +225,12 @@ def pooled(dtype: torch.dtype) -> Given:
         (packed(), Rule(True, 5, 2), 90),
         (pooled(torch.int8), Rule(), 80),
         (pooled(torch.uint8), Rule(window=5), 90),
+        (few(2, 64, torch.float16), Rule(), 80),
+        (few(2, 128, torch.bfloat16), Rule(window=5), 90),
+        (few(4, 64, torch.float32), Rule(), 90),
+        (few(4, 128, torch.bfloat16, turned=True), Rule(), 90),
     ],
-    ids=["dense", "wide", "packed", "int8", "fp8"],
+    ids=["dense", "wide", "packed", "int8", "fp8", "2 bits", "2 bits 128", "4 bits", "4 bits 128"],
 )
 def test_attention(compiling: Begin, given: Given, rule: Rule, capability: int) -> None:
     from kvlab.kernels.gpu import attention

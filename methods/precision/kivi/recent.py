@@ -28,12 +28,6 @@ class Recent:
         """The slots [b, H, length] as an index; rows that go nowhere, or beyond, go to `slots`."""
         return self.slots[samples].clamp(max=slots).long()
 
-    def lay(self, over: Tensor, samples: Tensor | slice) -> Tensor:
-        """Write the rows into their slots of [b, H, C + 1, D]; the last takes those without one."""
-        places = self.places(over.shape[2] - 1, samples).unsqueeze(-1)
-        rows = self.rows[samples]
-        return over.scatter_(2, places.expand_as(rows), rows)
-
     def oldest(self, number: Tensor) -> tuple[Tensor, Tensor]:
         """The row [B, H, 1, D] that row `number` [B] will push out, and its slot [B, H, 1]."""
         place = (number % self.length)[:, None, None].expand(*self.slots.shape[:2], 1)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvlab.kernels.quantise import dequantise, pack, quantise, unpack
+from kvlab.kernels.few_bits import FewBits, Groups
+from kvlab.kernels.quantise import pack, quantise
+from kvlab.kernels.stored import Stored
 from kvlab.methods.axis import MethodError
 from kvlab.methods.cache.storage import Space, Storage
 from kvlab.methods.precision.kivi.params import KiviParams, problems
@@ -92,13 +94,15 @@ class Kivi(Storage):
             self._store_values(v[:, :, :most], slots.masked_fill(gone, NOWHERE))
 
     def get(self, rows: int) -> tuple[Tensor, Tensor]:
-        k = self._read_keys(-(-rows // self.group), ALL)
+        k, v, stored = self.lying(rows)
+        return stored.rows(k, v, self.space.dtype)
+
+    def lying(self, rows: int) -> tuple[Tensor, Tensor, Stored]:
         parts = (self.value_codes, self.value_scale, self.value_low)
         codes, scale, low = (part[:, :, :rows] for part in parts)
-        codes = unpack(codes, self.bits, -1)[..., : self.width]
-        v = self._room(len(codes), rows)
-        dequantise(codes, scale, low, torch.unflatten(v[:, :, :-1], 3, (-1, self.width)))
-        return k[:, :, :rows], self.values.lay(v, ALL)[:, :, :rows]
+        values = Groups(codes, scale, low, self.values.slots)
+        few = FewBits(self.bits, self._keys(-(-rows // self.group), ALL), values)
+        return self.keys.rows, self.values.rows, Stored(few=few)
 
     def state(self) -> dict[str, Tensor]:
         rows = self.space.rows
@@ -151,14 +155,15 @@ class Kivi(Storage):
             return
         samples = ALL if len(some) == len(full) else _to(self.space.device, some)
         total = self.key_scale.shape[2]
-        shown = self._read_keys(total, samples)
-        hit = torch.zeros(shown.shape[:3], dtype=torch.bool, device=shown.device)
-        hit.scatter_(2, self.keys.places(total * self.group, samples), True)
+        shown = self._keys(total, samples).keys(self.bits, self.keys.rows[samples])
+        places = self.keys.places(total * self.group, samples)
+        hit = places.new_zeros(*places.shape[:2], total * self.group + 1, dtype=torch.bool)
+        hit.scatter_(2, places, True)
         hit = torch.unflatten(hit[:, :, :-1], 2, (total, self.group)).unsqueeze(-1)
         touched = hit.any(3, keepdim=True)
         inside = torch.arange(total * self.group, device=shown.device) < self.space.rows
         known = (self.key_scale[samples][..., :1] >= 0) & inside.view(total, self.group, 1)
-        grouped = torch.unflatten(shown[:, :, :-1], 2, (total, self.group))
+        grouped = torch.unflatten(shown, 2, (total, self.group))
         codes, scale, low = quantise(grouped, self.bits, -2, hit | known)
         for own, new in self._key_parts(pack(codes, self.bits, -2), scale, low):
             own[samples] = torch.where(touched, new, own[samples])
@@ -167,14 +172,11 @@ class Kivi(Storage):
     def _key_parts(self, codes: Tensor, scale: Tensor, low: Tensor) -> list[tuple[Tensor, Tensor]]:
         return [(self.key_codes, codes), (self.key_scale, scale), (self.key_low, low)]
 
-    def _read_keys(self, groups: int, samples: Tensor | slice) -> Tensor:
-        """The keys [b, H, groups * group + 1, D] of the first groups; the last row is nobody's."""
+    def _keys(self, groups: int, samples: Tensor | slice) -> Groups:
+        """The first groups of keys, and where recent ones stand."""
         parts = (self.key_codes, self.key_scale, self.key_low)
         codes, scale, low = (part[samples, :, :groups] for part in parts)
-        k = self._room(len(codes), groups * self.group)
-        grouped = torch.unflatten(k[:, :, :-1], 2, (groups, self.group))
-        dequantise(unpack(codes, self.bits, -2), scale, low, grouped)
-        return self.keys.lay(k, samples)
+        return Groups(codes, scale, low, self.keys.slots[samples])
 
     def _store_values(self, rows: Tensor, slots: Tensor) -> None:
         """Quantise value rows [B, H, n, D] into slots [B, H, n]."""
@@ -192,12 +194,6 @@ class Kivi(Storage):
         if slots.dim() == 1:
             slots = slots.expand(self.space.batch, 1, -1)
         return slots
-
-    def _room(self, batch: int, rows: int) -> Tensor:
-        """A tensor for rows that are read, and one more."""
-        space = self.space
-        shape = (batch, space.heads, rows + 1, space.head_dim)
-        return torch.empty(shape, dtype=space.dtype, device=space.device)
 
 
 def _to(device: torch.device, numbers: Tensor) -> Tensor:

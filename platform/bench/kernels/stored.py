@@ -1,15 +1,17 @@
-"""A decode step's attention over rows as they are stored: 8 bits, a pool of rows, unrotated."""
+"""A decode step's attention over rows as they are stored: in fewer bits, a pool's, unrotated."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from math import sqrt
 
 import torch
 from torch import Tensor
 
 from kvlab.kernels.attention import attend
 from kvlab.kernels.choice import torch_only
+from kvlab.kernels.few_bits import FewBits, Groups
 from kvlab.kernels.quantise import FLOAT8
 from kvlab.kernels.stored import Stored, Turn
 from kvlab.platform.bench.kernels.case import Bench, Case, sdpa
@@ -29,6 +31,8 @@ from kvlab.platform.bench.kernels.decode import (
 from kvlab.platform.bench.line import Line
 
 GRID = {"cuda": ((32, 128, 1), (4096, 1024, 32768, 256)), "cpu": ((2,), (24,))}
+GROUP, RECENT = 32, 128
+"""KIVI's: numbers of a group, and rows that stay as they are."""
 Maker = Callable[[Bench, Heads, int, int, torch.dtype], Case]
 
 
@@ -39,6 +43,8 @@ def run(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Lin
     makers: tuple[tuple[float, Maker], ...] = (
         (1.5, partial(coded, code=torch.int8)),
         (1.5, partial(coded, code=FLOAT8)),
+        (2.0, partial(grouped, bits=4)),
+        (2.0, partial(grouped, bits=2)),
         (1.0 / KEPT, paged),
         (2.0, rotated),
     )
@@ -77,6 +83,38 @@ def coded(
         Stored(k_scale, v_scale),
         traffic(q, k, v, k_scale, v_scale),
         sdpa_on(q, *wide, "16-bit rows"),
+    )
+
+
+def grouped(
+    bench: Bench, heads: Heads, batch: int, rows: int, dtype: torch.dtype, *, bits: int
+) -> Case:
+    """KIVI's rows, beside torch's attention on 16-bit rows that they were decoded to."""
+    q = queries(bench, heads, batch, dtype)
+    k, v = keys_values(bench, heads, batch, min(RECENT, rows // 2), dtype)
+    width, device = min(GROUP, heads.dim), bench.device
+    newest = torch.arange(rows - k.shape[2], rows, dtype=torch.int32, device=device)
+
+    def of(shape: tuple[int, ...], one: tuple[int, ...]) -> Groups:
+        """Random codes and scales of numbers whose variance is about 1."""
+        lead, most = (batch, heads.kv), 2**bits - 1
+        codes = torch.randint(0, 256, (*lead, *shape), dtype=torch.uint8, device=device)
+        scale = 0.75 + torch.rand(*lead, *one, device=device) / 2
+        scale = (scale * sqrt(12 / (most * (most + 2)))).to(dtype)
+        return Groups(codes, scale, scale * (-most / 2), newest.expand(*lead, -1))
+
+    many, blocks = -(-rows // GROUP), heads.dim // width
+    keys = of((many, GROUP * bits // 8, heads.dim), (many, 1, heads.dim))
+    values = of((rows, blocks, width * bits // 8), (rows, blocks, 1))
+    kept = Stored(few=FewBits(bits, keys, values))
+    parts = (part for x in (keys, values) for part in (x.codes, x.scale, x.low))
+    return case_of(
+        f"decode attention, {bits} bits",
+        {"batch": batch, "rows": rows},
+        (q, k, v),
+        kept,
+        traffic(q, k, v, *parts),
+        sdpa_on(q, *kept.rows(k, v, dtype), "decoded rows"),
     )
 
 
@@ -146,10 +184,14 @@ def sdpa_on(q: Tensor, k: Tensor, v: Tensor, what: str) -> dict[str, Callable[[]
 
 def exact(q: Tensor, k: Tensor, v: Tensor, stored: Stored, at: list[int]) -> list[Tensor]:
     """What the twin answers for some samples in float32, from the codes and scales as they are."""
-    turn, table = stored.turn, stored.table
-    if table is not None:
+    turn, table, few = stored.turn, stored.table, stored.few
+    if few is not None:
+        own = FewBits(few.bits, *(of_some(x, at) for x in (few.keys, few.values)))
+        k, v = (x.float() for x in own.rows(k[at], v[at]))
+        kept = Stored()
+    elif table is not None:
         k, v = (x[table[at].flatten()].float() for x in (k, v))
-        own = Stored(table=torch.arange(len(k), device=k.device).view(len(at), -1))
+        kept = Stored(table=torch.arange(len(k), device=k.device).view(len(at), -1))
     else:
         k_scale, v_scale = (
             None if x is None else x[at].float() for x in (stored.k_scale, stored.v_scale)
@@ -157,8 +199,13 @@ def exact(q: Tensor, k: Tensor, v: Tensor, stored: Stored, at: list[int]) -> lis
         turned = None if turn is None else Turn(turn.positions[at], turn.cos, turn.sin)
         if k.dtype == FLOAT8:
             k, v = k.view(torch.uint8), v.view(torch.uint8)
-        k, v, own = k[at], v[at], Stored(k_scale, v_scale, turn=turned)
+        k, v, kept = k[at], v[at], Stored(k_scale, v_scale, turn=turned)
         if k.dtype == q.dtype:
             k, v = k.float(), v.float()
     with torch_only():
-        return [attend(q[at].float(), k, v, now(q[at]), None, stored=own)[0]]
+        return [attend(q[at].float(), k, v, now(q[at]), None, stored=kept)[0]]
+
+
+def of_some(groups: Groups, at: list[int]) -> Groups:
+    """The groups of some samples."""
+    return Groups(groups.codes[at], groups.scale[at], groups.low[at], groups.slots[at])

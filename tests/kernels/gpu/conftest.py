@@ -54,19 +54,30 @@ def device(
 
 
 def _mend(interpreter: Any) -> None:
-    """Let the interpreter multiply bfloat16: it takes their bits for integers."""
+    """Let the interpreter round to bfloat16, and multiply them.
+
+    It cuts what a GPU rounds to the nearest, and takes their bits for integers.
+    """
     handle, builder = interpreter.TensorHandle, interpreter.InterpreterBuilder
     plain, bfloat16 = builder.create_dot, interpreter.tl.bfloat16
+    cut, float32 = builder.cast_impl, interpreter.tl.float32
 
     def wide(x: Any) -> Any:
         if x.dtype.scalar != bfloat16:
             return x
-        return handle((x.data.astype("uint32") << 16).view("float32"), interpreter.tl.float32)
+        return handle((x.data.astype("uint32") << 16).view("float32"), float32)
 
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return plain(self, wide(a), wide(b), *rest)
 
-    builder.create_dot = create_dot
+    def cast_impl(self: Any, x: Any, to: Any) -> Any:
+        if x.dtype.scalar == float32 and to.scalar == bfloat16:
+            bits = x.data.view("uint32")
+            bits = bits + ((bits >> 16 & 1) + 0x7FFF) * (x.data == x.data)  # NaN stays
+            x = handle((bits >> 16 << 16).view("float32"), float32)
+        return cut(self, x, to)
+
+    builder.create_dot, builder.cast_impl = create_dot, cast_impl
 
 
 @pytest.fixture

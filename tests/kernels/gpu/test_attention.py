@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvlab.kernels import attention
 from kvlab.kernels.attention import EMPTY, Rule
+from kvlab.kernels.few_bits import FewBits, Groups
 from kvlab.kernels.stored import Stored
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -234,6 +235,10 @@ def test_the_seam_takes_what_the_kernels_can(device: torch.device, seed: int) ->
     there, codes = q.as_subclass(Elsewhere), q.to(torch.int8)
     assert attention._fusible(there, q, q, None, False)
     assert attention._fusible(there, codes, codes, Stored(), False)
+    few = Stored(few=FewBits(4, *[Groups(codes, q, q, codes)] * 2))
+    assert attention._fusible(there, q, q, few, False)
+    assert not attention._fusible(there, codes, codes, few, False)
+    assert not attention._fusible(there, q, q.repeat(1, 1, 1, 17), None, False)
     assert not attention._fusible(there, codes, codes, None, False)
     assert not attention._fusible(q, q, q, None, False)
     assert not attention._fusible(there, q, q, None, True)

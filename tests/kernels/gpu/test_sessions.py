@@ -25,6 +25,7 @@ from kvlab.methods.model import LanguageModel
 from kvlab.methods.registry import resolve
 
 VOCABULARY, PROMPT, STEPS = 53, 12, 5
+KIVI = {"kivi": {"group": 8, "residual": 8}}
 BLOCKS = {"block_transformer": {"block_length": 3, "encoder_width": 32}}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
     "full": ({}, {}, {"forward"}),
@@ -44,6 +45,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
     "unrotated int8": (
         {},
         {"int8": {}, "streaming_llm": {}, "uniform": {"tokens": 8}},
+        {"forward", "evict"},
+    ),
+    "kivi": ({}, KIVI, {"forward"}),
+    "kivi h2o": ({}, {**KIVI, "h2o": {}, "uniform": {"tokens": 7}}, {"forward", "mass"}),
+    "unrotated kivi": (
+        {},
+        {**KIVI, "streaming_llm": {}, "uniform": {"tokens": 7}},
         {"forward", "evict"},
     ),
 }

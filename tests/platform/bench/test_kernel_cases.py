@@ -31,6 +31,9 @@ def test_bytes_count_every_number_that_is_read_or_written() -> None:
     assert weighed.bytes == plain.bytes + 2 * 3 * 2 * 10 * 16 + 4 * 3 * 4 * 10
     coded = stored.coded(bench, heads, 3, 10, torch.bfloat16, code=torch.int8)
     assert coded.bytes == 2 * 2 * 3 * 4 * 16 + 2 * 3 * 2 * 10 * (16 + 2)
+    few = stored.grouped(bench, heads, 3, 10, torch.bfloat16, bits=2)
+    keys, values, recent = (32 // 4 + 4) * 16, 10 * (16 // 4 + 4), 2 * 5 * 2 * 16
+    assert few.bytes == 2 * 2 * 3 * 4 * 16 + 3 * 2 * (keys + values + recent)
     paged = stored.paged(bench, heads, 3, 10, torch.bfloat16)
     assert paged.bytes == plain.bytes + 3 * 10 * 8
     queries = query.layer(bench, 3, 32, 4, 16, torch.bfloat16)
