@@ -85,7 +85,9 @@ def attend(
             fused causal path may be used.
         k_positions: [B, S] or [B, H_kv, S]; EMPTY marks rows that hold nothing. None beside given
             `q_positions` states that every query may read every key (a decode step over a cache
-            without empty rows), so that no mask is needed.
+            without empty rows), so that no mask is needed. The very tensor that `q_positions` is
+            states that keys are the same rows, in the order of their positions (a padded prompt),
+            so that those behind a row need not be looked at.
         rule: what a query may read.
         mass_rows: also return each key's attention summed over these query rows of T.
         mask: returns what `rule` allows by these positions, where layers share it; asked only where

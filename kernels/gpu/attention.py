@@ -89,6 +89,7 @@ def attend(
         "D": dim,
         "BLOCK_D": max(16, triton.next_power_of_2(dim)),
         "PACKED": packed,
+        "ORDERED": k_positions is q_positions,
         "STRICT": rule.strict,
         "WINDOWED": rule.window is not None,
         "FLOAT8": k.dtype in (torch.uint8, FLOAT8),
@@ -140,7 +141,7 @@ def _forward(
     if not out.numel():
         return out, lse
     if parts is None:
-        parts = 1 if given["PACKED"] else _parts(pairs * shape.tiles, given["S"], shape.keys, q)
+        parts = 1 if given["ORDERED"] else _parts(pairs * shape.tiles, given["S"], shape.keys, q)
     partial, partial_lse = out, lse
     if parts > 1:
         partial = q.new_empty(parts, *lines, width, dtype=torch.float32)
@@ -287,6 +288,10 @@ def _check(
             ("turn.cos", turn.cos, [tuple(turn.cos.shape)]),
             ("turn.sin", turn.sin, [tuple(turn.cos.shape)]),
         ]
+    for name, x in (("k", k), ("v", v)):
+        if paged and x.stride(-1) != 1:
+            raise ValueError(f"{name}: numbers of a pool's row must be neighbours, found strides "
+                             f"{x.stride()}")  # fmt: skip
     for name, x, shapes in wanted:
         if x is None:
             continue

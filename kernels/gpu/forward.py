@@ -50,6 +50,7 @@ def forward(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     PACKED: tl.constexpr,
+    ORDERED: tl.constexpr,
     STRICT: tl.constexpr,
     WINDOWED: tl.constexpr,
     FLOAT8: tl.constexpr,
@@ -61,7 +62,8 @@ def forward(
 
     Args:
         q_at, k_at: (positions, strides). Neither: row t reads its past among rows of the same
-            numbers (`PACKED`). No k_at otherwise: every row may be read.
+            numbers (`PACKED`). No k_at otherwise: every row may be read. ORDERED: no row reads one
+            of a higher number.
         lengths: (counts, strides) of rows that hold something; None: S.
         k_few, v_few: rows in few bits; k and v are then the recent rows. turn: see `load_keys`.
         scale: of the scores, log2(e) included. HEADS: query heads that read one KV head.
@@ -91,10 +93,10 @@ def forward(
         held = tl.load(lengths[0] + sample * lengths[1] + kv * lengths[2]).to(tl.int32)
         end = tl.minimum(tl.maximum(held, 0), S)
     early, skipped = 0, 0
-    if PACKED:
+    if ORDERED:
         first = tile // GROUPS * BLOCK_T
         end = tl.minimum(end, first + BLOCK_T)
-        if WINDOWED:
+        if PACKED and WINDOWED:
             begin = tl.maximum(first - window + 1, 0) // BLOCK_N
             early = tl.minimum((sinks + BLOCK_N - 1) // BLOCK_N, begin)
             skipped = begin - early

@@ -47,6 +47,7 @@ def weigh(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PACKED: tl.constexpr,
+    ORDERED: tl.constexpr,
     STRICT: tl.constexpr,
     WINDOWED: tl.constexpr,
     FLOAT8: tl.constexpr,
@@ -82,12 +83,11 @@ def weigh(
     own = tile % GROUPS * GROUP + m % GROUP
     h = kv.to(tl.int32) * HEADS + own
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if PACKED:
+    if ORDERED:
         start = tl.maximum(start, block * BLOCK_N)
-        if WINDOWED:
-            stop = tl.where(
-                block * BLOCK_N < sinks, stop, tl.minimum(stop, block * BLOCK_N + BLOCK_N + window)
-            )
+        if PACKED and WINDOWED:
+            reach = block * BLOCK_N + BLOCK_N + tl.minimum(window, S)
+            stop = tl.where(block * BLOCK_N < sinks, stop, tl.minimum(stop, reach))
     for begin in range(start, stop, BLOCK_T):
         t = begin + m // GROUP
         known = (t < stop) & (own < HEADS)

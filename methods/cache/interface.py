@@ -52,7 +52,8 @@ class Keys(NamedTuple):
     positions [B, S] or [B, H_kv, S], EMPTY on empty rows. Rows may be in any order and S may differ
     from layer to layer. Layers whose keys have the same positions return the same tensor object, so
     that the mask is made once. positions None: in a packed step, the rows are exactly this step's,
-    in order; in a step with positions, every query may read every row.
+    in order; in a step with positions, every query may read every row. The very tensor that the
+    step has states that they are its rows, in order, and that their positions ascend.
     """
 
     k: Tensor

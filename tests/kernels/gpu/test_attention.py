@@ -230,6 +230,22 @@ class Elsewhere(Tensor):
     is_cuda = True
 
 
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_rows_of_a_padded_prompt(device: torch.device, fused: Attend, rule: Rule) -> None:
+    """One tensor of positions for queries and keys: what stands behind a row is not looked at."""
+    case = Case((4, 2), (200, 200), (32, 32))
+    q, k, v = operands(case, device)
+    padding = torch.tensor([[0], [90]])
+    p = (torch.arange(200) - padding).clamp_min(EMPTY).to(device)
+    seen = slice(120, None)
+    expected = written_out(q, k, v, rule.allows(p, p), seen)
+    check(fused(q, k, v, p, p, rule, seen), expected)
+    out, _ = fused(
+        q, k, v.index_fill(2, torch.arange(192, 200, device=device), torch.nan), p, p, rule
+    )
+    assert torch.equal(out[:, :, :64].cpu().isnan(), torch.zeros_like(out[:, :, :64].cpu()).bool())
+
+
 def test_the_seam_takes_what_the_kernels_can(device: torch.device, seed: int) -> None:
     q = torch.zeros(2, 4, 3, 16)
     there, codes = q.as_subclass(Elsewhere), q.to(torch.int8)
