@@ -218,3 +218,13 @@ def test_what_does_not_fit_is_refused(
     }
     with pytest.raises(ValueError, match=f"^{message}"):
         attend(q, k, k, torch.zeros(2, 1, device=device).long(), None, stored=Stored(**change))
+
+
+def test_a_pool_whose_rows_have_gaps_is_refused(device: torch.device) -> None:
+    """A copy of it would be one of all requests."""
+    from kvlab.kernels.gpu.attention import attend
+
+    q, pool = torch.zeros(1, 2, 1, 16, device=device), torch.zeros(9, 2, 32, device=device)
+    table = torch.zeros(1, 4, device=device).long()
+    with pytest.raises(ValueError, match="^v: numbers of a pool's row"):
+        attend(q, pool[..., :16], pool[..., ::2], table[:, :1], table, stored=Stored(table=table))
