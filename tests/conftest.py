@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import tempfile
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,11 +37,7 @@ def postgres_url(postgres_server: Any) -> str:
 
 @pytest.fixture(scope="session")
 def emulated() -> Any:
-    """A function that captures a call on the CPU: see `emulation.py` beside this file."""
-    beside = Path(__file__).with_name("emulation.py")
-    spec = importlib.util.spec_from_file_location("emulation", beside)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.capture
+    """A function that captures a call on the CPU."""
+    from kvlab.methods.conformance.graph import capture
+
+    return capture

@@ -31,10 +31,13 @@ from kvlab.methods.conformance.cases import (
     texts,
 )
 from kvlab.methods.conformance.device import NOWHERE, Away, Device, send
+from kvlab.methods.conformance.graph import RefusedError, capture
 from kvlab.methods.conformance.run import Run
 from kvlab.methods.conformance.storages import bytes_of
 from kvlab.methods.cost import cost_of
 from kvlab.methods.decoder.config import DecoderConfig
+from kvlab.methods.decoder.graph import LEAST, Graph, Greedy
+from kvlab.methods.decoder.language_model import TokenSession
 from kvlab.methods.registry import resolve
 from kvlab.methods.weights import read_tensors, write_tensors
 
@@ -194,10 +197,38 @@ def no_waiting(case: Case) -> None:
         raise Violation(f"decode steps {waited} of {STEPS} wait for the device: {found}")
 
 
+def replays(case: Case) -> None:
+    """A decode step that a CUDA graph holds, replayed, is an eager one; see `Cache.freeze`."""
+    model, prompt, new = case.model(torch.float64), case.length(), 3 * LEAST
+    ids, valid = texts(2, prompt), padded([prompt, prompt - 3])
+    refused: list[str] = []
+
+    def captured(action: Callable[[], object]) -> Graph:
+        try:
+            return capture(action)
+        except RefusedError as error:
+            refused.append(str(error))
+            raise
+
+    found = []
+    for how in (captured, None):
+        session = TokenSession(model, ids, valid, new, case.method)
+        greedy, tokens = Greedy(session, how), 0
+        while tokens < new:
+            tokens += len(greedy.more(new - tokens))
+            found.append(session.logits.clone())
+    if refused:
+        raise Violation(f"it can be frozen, and a step of it cannot be captured: {refused[0]}")
+    replayed, eager = found[: len(found) // 2], found[len(found) // 2 :]
+    for number, (ours, theirs) in enumerate(zip(replayed, eager, strict=True), 1):
+        _close(ours, theirs, f"token {number} after a prompt, by replays of one step")
+
+
 PROPERTIES: dict[str, Callable[[Case], None]] = {
     check.__name__: check
     for check in (
         parity, causality, multi_turn, batch, save_and_load, bytes_held, operations, no_waiting,
+        replays,
     )
 }  # fmt: skip
 """Every property by name."""

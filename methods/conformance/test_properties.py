@@ -51,3 +51,7 @@ def test_operations(kvlab_case: Case) -> None:
 
 def test_no_waiting(kvlab_case: Case) -> None:
     hold(properties.no_waiting, kvlab_case)
+
+
+def test_replays(kvlab_case: Case) -> None:
+    hold(properties.replays, kvlab_case)

@@ -226,5 +226,5 @@ def test_a_pool_whose_rows_have_gaps_is_refused(device: torch.device) -> None:
 
     q, pool = torch.zeros(1, 2, 1, 16, device=device), torch.zeros(9, 2, 32, device=device)
     table = torch.zeros(1, 4, device=device).long()
-    with pytest.raises(ValueError, match="^v: numbers of a pool's row"):
+    with pytest.raises(ValueError, match=r"^v: numbers of a pool's row"):
         attend(q, pool[..., :16], pool[..., ::2], table[:, :1], table, stored=Stored(table=table))

@@ -1,6 +1,6 @@
 """A block's whole step under one graph: what replays say, and what they leave.
 
-What captures is an emulation of the memory of CUDA graphs: see `tests/emulation.py`.
+What captures is an emulation of the memory of CUDA graphs: see `methods/conformance/graph.py`.
 """
 
 from __future__ import annotations

@@ -74,6 +74,18 @@ class AsksTheDevice(Sound):
         super().write(layer, k, v, positions)
 
 
+class CountsOnTheHost(Sound):
+    """A step's positions are reckoned from a number of the host, which a replay does not have."""
+
+    def plan(self, step: Step) -> Extra | None:
+        if not self._seen or step.rows > 1:
+            self.__dict__.pop("begun", None)
+            return super().plan(step)
+        assert step.positions is not None
+        begun = self.__dict__.setdefault("begun", step.positions - self._seen)
+        return super().plan(step._replace(positions=begun + self._seen))
+
+
 class SavesTooLittle(Sound):
     """How many rows were seen is not saved."""
 
@@ -115,7 +127,8 @@ LACKS: dict[type[SlotCache], set[str]] = {
     LeaksTheFuture: {"causality", "parity"},
     ForgetsPadding: {"batch"},
     OneByOne: {"operations"},
-    AsksTheDevice: {"no_waiting"},
+    AsksTheDevice: {"no_waiting", "replays"},
+    CountsOnTheHost: {"replays"},
     SavesTooLittle: {"save_and_load", "multi_turn"},
     HoldsMore: {"bytes_held"},
     Reserves: {"bytes_held"},

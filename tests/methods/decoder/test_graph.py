@@ -1,6 +1,6 @@
 """A captured step, replayed, says what an eager one says, and leaves what it leaves.
 
-What captures is an emulation of the memory of CUDA graphs: see `tests/emulation.py`.
+What captures is an emulation of the memory of CUDA graphs: see `methods/conformance/graph.py`.
 """
 
 from __future__ import annotations

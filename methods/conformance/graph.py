@@ -1,8 +1,8 @@
 """What a CUDA graph does to memory, on the CPU.
 
-Capturing runs nothing; a replay runs the same calls on the same memory, whatever Python has made of
-it since. Each aten call is recorded with its tensors; a replay makes it again and copies what it
-returns to where the first one had put it.
+Capturing leaves nothing behind; a replay runs the same calls on the same memory, whatever Python
+has made of it since. Each aten call is recorded with its tensors; a replay makes it again and
+copies what it returns to where the first one had put it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ def capture(action: Callable[[], object], most: int | None = None) -> Recording:
     """Capture a call as `kvlab.methods.decoder.graph.capture` does.
 
     Args: most: refuse the calls behind so many.
+
+    Raises:
+        RefusedError: no graph can hold the call.
     """
     recording = Recording(most)
     try:
@@ -45,7 +48,7 @@ class Recording(TorchDispatchMode):
     """The aten calls of one capture."""
 
     def __init__(self, most: int | None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.most = most
         self.calls: list[tuple[Any, Any, Any, Any]] = []
         self.before: dict[int, tuple[Any, Any]] = {}
@@ -62,7 +65,7 @@ class Recording(TorchDispatchMode):
         for tensor in tensors(written(func, args, kwargs)):
             if at(tensor) not in self.made and at(tensor) not in self.before:
                 storage = tensor.untyped_storage()
-                self.before[at(tensor)] = storage, storage.clone()
+                self.before[at(tensor)] = storage, storage.clone()  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
         for tensor in tensors(out):
             if at(tensor) not in given:
