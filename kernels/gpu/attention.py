@@ -288,10 +288,10 @@ def _check(
             ("turn.cos", turn.cos, [tuple(turn.cos.shape)]),
             ("turn.sin", turn.sin, [tuple(turn.cos.shape)]),
         ]
-    for name, x in (("k", k), ("v", v)):
-        if paged and x.stride(-1) != 1:
+    for name, pool in (("k", k), ("v", v)):
+        if paged and pool.stride(-1) != 1:
             raise ValueError(f"{name}: numbers of a pool's row must be neighbours, found strides "
-                             f"{x.stride()}")  # fmt: skip
+                             f"{pool.stride()}")  # fmt: skip
     for name, x, shapes in wanted:
         if x is None:
             continue
