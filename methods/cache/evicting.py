@@ -75,6 +75,7 @@ class EvictingCache(Cache):
     def reserve(self, rows: int | Tensor) -> None:
         if not self._ranking.by_turn or not self._seen:
             return
+        self.thaw()
         least = self._opening.least() - 1
         for table in self._tables:
             table.make_room(rows, least, self._newest)
@@ -125,8 +126,9 @@ class EvictingCache(Cache):
         return Keys(k, v, held if held.shape[1] > 1 else table.once(layer, held), stored)
 
     def rotary_positions(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-        if not self._seen:
-            return positions, positions
+        if not self._seen:  # of the last row alone, where the others stopped at their keys
+            every = positions.shape[1] == self._step.rows
+            return positions, positions if every else self._positions()
         table = self._table[layer]
         if self._stepping():
             return table.standing(layer, None)
@@ -173,11 +175,10 @@ class EvictingCache(Cache):
 
     def freeze(self) -> bool:
         by_row = all(storage.by_row for storage in self._storage.values())
-        soon = any(table.fills() for table in self._tables)  # a full one needs no mask
-        if not self._seen or not by_row or soon or self._budget.refresh is not None:
+        if not self._seen or not by_row or self._budget.refresh is not None:
             return False
         for table in self._tables:
-            table.frozen = True
+            table.freeze()
         return True
 
     def thaw(self) -> None:

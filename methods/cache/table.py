@@ -62,7 +62,8 @@ class Table:
 
     Attributes:
         low, high: slots in use in the emptiest sample; and in the fullest, all among the first.
-        frozen: steps read all slots, in use or not, so that one is like the other.
+        frozen: steps read all slots, so that one is like the other. whole: each of them holds a
+            row of every sample from the next step on.
         slots: [n, B, H or 1, 1], where this step's row goes.
     """
 
@@ -93,7 +94,7 @@ class Table:
         self._stays = ranking.stays(self.budget[:, 0, 0])
         self.keeps = int(budgets.max())
         self.low = self.high = 0
-        self.frozen = False
+        self.frozen = self.whole = False
         self.slots = self.positions[..., :1]
         self.count = torch.zeros(len(budgets), 1, 1, dtype=torch.long, device=device)
         self.begin()
@@ -120,11 +121,11 @@ class Table:
 
     def exact(self) -> bool:
         """Whether all slots that a step reads hold a row of every sample."""
-        return self.low == self.reach
+        return self.whole if self.frozen else self.low == self.high
 
-    def fills(self) -> bool:
-        """Whether the next step takes the last slot of the emptiest sample, and others follow."""
-        return not self.ranking.grows and self.low + 1 == self.usable
+    def freeze(self) -> None:
+        """Read all slots from the next step on."""
+        self.frozen, self.whole = True, min(self.low + 1, self.usable) == self.capacity
 
     def advance(self, steps: int) -> None:
         """Count rows of steps."""

@@ -84,6 +84,8 @@ class Benchmark(Kind):
         yield from given.problems(settings.apply, around)
         if settings.engine == "vllm":
             yield from unserved(settings.apply, around.parents["of"])
+            if not settings.cuda_graph:
+                yield "cuda_graph", "is of the torch engine alone: leave it out beside engine: vllm"
         if settings.prompt + settings.generate > config.max_positions:
             yield (
                 "generate",

@@ -101,7 +101,12 @@ EARLY = {
 }
 
 
-@pytest.mark.parametrize("apply", [{}, {"sliding_window": {"window": 3}}], ids=["full", "window"])
+IN_CACHE = {"streaming_llm": {"positions": "cache"}, "uniform": {"tokens": 6}}
+
+
+@pytest.mark.parametrize(
+    "apply", [{}, {"sliding_window": {"window": 3}}, IN_CACHE], ids=["full", "window", "in cache"]
+)
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("family_name", FAMILIES)
 @pytest.mark.parametrize("name", EARLY)
