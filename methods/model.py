@@ -61,8 +61,7 @@ class Session(ABC):
         Raises:
             KvlabError: turns of unequal length in a session that takes one token at a time.
         """
-        if valid is not None and not bool(valid.all()):
-            raise KvlabError("this model takes turns of one length only: give them one by one")
+        refuse_unequal_turns(valid)
         for column in ids.unbind(1):
             self.step(column)
         return self.logits
@@ -101,6 +100,16 @@ class Session(ABC):
     @abstractmethod
     def kv_tokens(self) -> int:
         """Tokens that those bytes stand for: sequences x tokens seen so far, padding excluded."""
+
+
+def refuse_unequal_turns(valid: Tensor | None) -> None:
+    """Refuse turns [B, T] with padding, which a model that takes row after row cannot leave out.
+
+    Raises:
+        KvlabError: in one line.
+    """
+    if valid is not None and not bool(valid.all()):
+        raise KvlabError("this model takes turns of one length only: give them one by one")
 
 
 def refuse_padding_behind(valid: Tensor | None) -> None:

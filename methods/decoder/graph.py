@@ -147,10 +147,11 @@ class Greedy:
             pass
         except RuntimeError as error:
             why = (str(error).strip().splitlines() or ["no reason"])[0]
-        captured = picked, session.logits
-        for part, attributes in before:
-            vars(part).clear()
-            vars(part).update(attributes)
+        finally:
+            captured = picked, session.logits
+            for part, attributes in before:
+                vars(part).clear()
+                vars(part).update(attributes)
         settle(device)  # raises where the device itself has failed
         self.seconds += perf_counter() - begun
         if graph is None:

@@ -14,7 +14,14 @@ from kvlab.methods.axis import Method
 from kvlab.methods.cache.opening import one_pass_cache, open_cache
 from kvlab.methods.decoder.config import DecoderConfig
 from kvlab.methods.decoder.model import Decoder
-from kvlab.methods.model import LanguageModel, Score, Session, refuse_padding_behind
+from kvlab.methods.decoder.segments import runs_by_row
+from kvlab.methods.model import (
+    LanguageModel,
+    Score,
+    Session,
+    refuse_padding_behind,
+    refuse_unequal_turns,
+)
 from kvlab.methods.prefill.params import prefill_of
 from kvlab.methods.sharing.convert import merge_of, start_layers
 from kvlab.methods.weights import fill, without_weights
@@ -161,6 +168,8 @@ class TokenSession(Session):
     @torch.inference_mode()
     def extend(self, ids: Tensor, valid: Tensor | None = None, *, new_tokens: int = 0) -> Tensor:
         refuse_padding_behind(valid)
+        if runs_by_row(self._decoder.config):
+            refuse_unequal_turns(valid)
         batch, rows = ids.shape
         if valid is None:
             positions = self._next + torch.arange(rows, device=ids.device)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kvlab import KvlabError
 from kvlab.kernels.choice import torch_only
+from kvlab.methods.block_transformer.session import BlockSession
 from kvlab.methods.build import build
 from kvlab.methods.cache.slots import SlotCache
 from kvlab.methods.cost import cost_of
@@ -277,7 +278,7 @@ def go_on(session: Session) -> None:
 def _replayed(session: Session, device: torch.device) -> tuple[float | None, str]:
     """Seconds of a step of a captured round; None, and what kept it from being captured.
 
-    Replays write the same slots again: the round's work is the same each time.
+    Replays begin at the same positions and write the same slots: their work is the same.
     """
     if device.type != "cuda":
         return None, "no CUDA device"
@@ -289,8 +290,15 @@ def _replayed(session: Session, device: torch.device) -> tuple[float | None, str
         torch.cuda.synchronize()
         return None, (str(error).strip().splitlines() or ["no reason"])[0][:200]
     try:
-        graph.replay()
-        taken = [_timed(graph.replay, device) for _ in range(REPLAYS)]
+        assert isinstance(session, TokenSession | BlockSession)
+        begun = session._next.clone()
+
+        def again() -> None:
+            session._next.copy_(begun)
+            graph.replay()
+
+        again()
+        taken = [_timed(again, device) for _ in range(REPLAYS)]
     finally:
         torch.cuda.synchronize()
         graph.reset()
