@@ -1,4 +1,4 @@
-"""A real PostgreSQL for every test that asks for one, and what stands for a CUDA graph."""
+"""A real PostgreSQL for every test that asks for one, and what stands for CUDA and its graphs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import importlib.util
 import itertools
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,22 @@ def postgres_url(postgres_server: Any) -> str:
 
 
 @pytest.fixture(scope="session")
-def emulated() -> Any:
+def beside() -> Callable[[str], Any]:
+    """A function from the path of a file in this folder to the module in it."""
+
+    @cache
+    def load(path: str) -> Any:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, Path(__file__).parent / path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def emulated(beside: Callable[[str], Any]) -> Any:
     """A function that captures a call on the CPU: see `emulation.py` beside this file."""
-    beside = Path(__file__).with_name("emulation.py")
-    spec = importlib.util.spec_from_file_location("emulation", beside)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.capture
+    return beside("emulation.py").capture
