@@ -39,6 +39,8 @@ TOGETHER = {
 }  # fmt: skip
 """Take no scalar of the host beside tensors of the device."""
 
+RESHAPED = {"transpose_", "t_", "squeeze_", "unsqueeze_"}
+
 
 class There(Tensor):
     """A tensor on the device, whose numbers are in `inner`."""
@@ -118,6 +120,9 @@ class Device(TorchDispatchMode):
         if name == "_fused_sdp_choice":
             return 0  # of torch's own attentions the one that runs on any device
         out = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
+        if name in RESHAPED:
+            with torch._C._DisableTorchDispatch():
+                func(*args, **kwargs)  # of what torch knows of the tensor: it holds no numbers
         own = {id(tensor.inner): tensor for tensor in given if isinstance(tensor, There)}
         plain = {id(tensor) for tensor in given if not isinstance(tensor, There)}
 
@@ -165,6 +170,8 @@ class Device(TorchDispatchMode):
 
     def _note(self, func: Any, name: str, there: bool, target: str, args: Any, kwargs: Any) -> None:
         """Note a wait for the device."""
+        if name in COPIES and not args[0].numel():
+            return
         if name in ASKS and there:
             self.wait(name)
         elif name == "repeat_interleave" and func._overloadname in ("Tensor", "self_Tensor"):

@@ -36,6 +36,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "topk": (LLAMA, {}, {"snapkv": {"window": 3}, "global_topk": {"tokens": 7}}),
     "rule": (LLAMA, {}, {"adore": {"scores": "rule", "recent": 2, "context": 1}, **CUT}),
     "readmit": (LLAMA, {}, {"adore": {"readmit": True, "recent": 2, "rebuild": 3}, **CUT}),
+    "offload": (LLAMA, {}, {"adore": {"source": "offload", "recent": 2, "rebuild": 3}, **CUT}),
     "int8": (LLAMA, {"yoco": {"window": 5}}, {"int8": {}, "h2o": {}, **CUT}),
     "kivi": (LLAMA, {"cla": {}}, {"kivi": {"group": 8, "residual": 8}}),
     "upward": (llama(32, 4, 4, 2, 48), {"lckv": {}}, {}),
@@ -86,12 +87,14 @@ def said(
 @pytest.mark.parametrize("case", CASES)
 def test_sessions(there: Any, case: str, tmp_path: Path) -> None:
     sizes, method, apply = CASES[case]
-    if case == "readmit":
+    if case in ("readmit", "offload"):
         apply = {**apply, "adore": {**apply["adore"], "controller": str(controller(tmp_path))}}
     expected = said(made(sizes, method), apply, torch.device("cpu"), there.waits)
     found = said(made(sizes, method), apply, CUDA, there.waits)
     torch.testing.assert_close(found[0], expected[0], rtol=1e-3, atol=1e-4)
-    assert found[1:] == expected[1:]
+    assert found[1] == expected[1]
+    each = 4 if case == "offload" else 0  # what two layers put, places of their rows and of others
+    assert len(found[2]) == 2 * STEPS * each, found[2]
 
 
 @pytest.mark.parametrize("name", BLOCKS)
