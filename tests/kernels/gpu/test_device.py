@@ -84,6 +84,29 @@ def said(
     return torch.stack(logits).cpu(), session.kv_bytes(), waited
 
 
+def test_what_is_refused_and_what_waits(there: Any) -> None:
+    from kvlab.kernels.gpu.select import best
+
+    x = torch.ones(2, 3, device=CUDA)
+    row = x[0]
+    row += torch.tensor(1.0)  # a scalar of the host, on a view
+    x[:, 1] = 5.0
+    with pytest.raises(RuntimeError, match="cuda:0 and the CPU"):
+        x + torch.ones(2, 3)
+    with pytest.raises(ValueError, match="a tensor of the host"):
+        best(torch.ones(2, 3), 1)
+    assert not there.waits
+    assert x.is_cuda
+    assert x.tolist() == [[2.0, 5.0, 2.0], [1.0, 5.0, 1.0]]
+    assert x[x > 2.0].shape == (2,)
+    assert int(x.sum()) == 16
+    assert x.cpu().device.type == "cpu"
+    torch.tensor([1, 2], device=CUDA)
+    asked = [wait.split(maxsplit=1)[1] for wait in there.waits]
+    assert asked == ["tolist", "index by a mask", "_local_scalar_dense", "to the host",
+                     "from the host"]  # fmt: skip
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_sessions(there: Any, case: str, tmp_path: Path) -> None:
     sizes, method, apply = CASES[case]
