@@ -1,11 +1,14 @@
-"""A real PostgreSQL for every test that asks for one, and what stands for a CUDA graph."""
+"""A real PostgreSQL for every test that asks for one, and what stands for CUDA and its graphs."""
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +36,22 @@ def postgres_url(postgres_server: Any) -> str:
     name = f"test_{next(_NUMBERS)}"
     postgres_server.psql(f"CREATE DATABASE {name};")
     return str(postgres_server.get_uri(name))
+
+
+@pytest.fixture(scope="session")
+def beside() -> Callable[[str], Any]:
+    """A function from the path of a file in this folder to the module in it."""
+
+    @cache
+    def load(path: str) -> Any:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, Path(__file__).parent / path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")

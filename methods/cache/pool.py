@@ -55,7 +55,7 @@ class PoolCache(RaggedCache):
         self._ranking, self._budget = slots
         self.rotates = self._ranking.in_cache
         self.observes_all = True
-        self._frequencies = frequencies
+        self._frequencies = frequencies.to(pool.device)
         self._layers = config.kv_layers
         self._place = {layer: place for place, layer in enumerate(self._layers)}
         self._heads = heads = self._ranking.heads(config)

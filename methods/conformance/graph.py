@@ -62,16 +62,26 @@ class Recording(TorchDispatchMode):
         if self.most is not None and len(self.calls) == self.most:
             raise RefusedError(f"{func}: one call too many")
         given = {at(tensor) for tensor in tensors((args, kwargs))}
-        for tensor in tensors(written(func, args, kwargs)):
-            if at(tensor) not in self.made and at(tensor) not in self.before:
-                storage = tensor.untyped_storage()
-                self.before[at(tensor)] = storage, storage.clone()  # type: ignore[no-untyped-call]
+        self._hold(written(func, args, kwargs))
         out = func(*args, **kwargs)
         for tensor in tensors(out):
             if at(tensor) not in given:
                 self.made[at(tensor)] = tensor.untyped_storage()
         self.calls.append((func, args, kwargs, out))
         return out
+
+    def launch(self, kernel: Callable[..., object], args: Any, kwargs: Any) -> None:
+        """Record a kernel's launch; it may write to whatever it is given."""
+        self._hold((args, kwargs))
+        kernel(*args, **kwargs)
+        self.calls.append((kernel, args, kwargs, None))
+
+    def _hold(self, given: Any) -> None:
+        """Remember what stands in tensors that are about to be written."""
+        for tensor in tensors(given):
+            if at(tensor) not in self.made and at(tensor) not in self.before:
+                storage = tensor.untyped_storage()
+                self.before[at(tensor)] = storage, storage.clone()  # type: ignore[no-untyped-call]
 
     def undo(self) -> None:
         """Leave memory as if nothing had run; what was made holds nothing of use."""

@@ -129,6 +129,8 @@ class AdoreCache(EvictingCache):
         return {**self.log.tensors(), **rows}
 
     def _begin_pass(self) -> None:
+        if self._offloaded is not None:
+            self._offloaded.begin()
         self._others = None
         self._beside: dict[int, tuple[Tensor, Tensor]] = {}
         self._read: dict[int, Tensor] = {}

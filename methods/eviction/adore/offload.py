@@ -10,45 +10,47 @@ from kvlab.methods.cache.opening import Opening
 
 
 class Offloaded:
-    """Rows of each KV layer by position. On CUDA every fetch waits for the host."""
+    """Rows of each KV layer by position.
+
+    On CUDA the host waits for the places once a pass and for what each layer puts; what is fetched
+    it sends without waiting.
+    """
 
     def __init__(self, opening: Opening) -> None:
         c = opening.config
-        shape = (opening.batch, c.kv_heads, opening.rows + 1, c.head_dim)
+        shape = (2, opening.batch, c.kv_heads, opening.rows + 1, c.head_dim)
         self._rows, self._device = opening.rows, opening.device
-        pinned = opening.device.type == "cuda"
-        self._kept = {
-            layer: tuple(
-                torch.zeros(shape, dtype=opening.dtype, pin_memory=pinned) for _ in range(2)
-            )
-            for layer in opening.readers()
-        }
+        self._kept = {layer: torch.zeros(shape, dtype=opening.dtype) for layer in opening.readers()}
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the last pass's places."""
+        self._places: list[tuple[Tensor, Tensor]] = []
 
     def put(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> None:
         """Keep rows [B, H, T, D] that stand at positions [B, T], EMPTY on padding."""
-        place = self._place(positions)
-        for kept, came in zip(self._kept[layer], (k, v), strict=True):
-            index = place[:, None, :, None].expand(-1, came.shape[1], -1, came.shape[3])
-            kept.scatter_(2, index, came.to("cpu"))
+        came = torch.stack((k, v)).to("cpu")
+        self._kept[layer].scatter_(3, self._place(positions).expand(came.shape), came)
 
     def get(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Fetch rows [B, H, R, D] of positions [B, R]; those of EMPTY mean nothing."""
-        place = self._place(positions)
-        k, v = (
-            kept.gather(2, place[:, None, :, None].expand(-1, kept.shape[1], -1, kept.shape[3])).to(
-                self._device, non_blocking=True
-            )
-            for kept in self._kept[layer]
-        )
+        kept, place = self._kept[layer], self._place(positions)
+        shape = (*kept.shape[:3], place.shape[3], kept.shape[4])
+        rows = kept.gather(3, place.expand(shape))
+        if self._device.type == "cuda":
+            rows = rows.pin_memory()
+        k, v = rows.to(self._device, non_blocking=True)
         return k, v
 
     def tensors(self) -> dict[str, Tensor]:
         """What a saved cache keeps of it: the live tensors."""
-        return {
-            f"offloaded.{layer}.{name}": tensor
-            for layer, rows in self._kept.items()
-            for name, tensor in zip("kv", rows, strict=True)
-        }
+        return {f"offloaded.{layer}": rows for layer, rows in self._kept.items()}
 
     def _place(self, positions: Tensor) -> Tensor:
-        return torch.where(positions == EMPTY, self._rows, positions).to("cpu")
+        """The rows [1, B, 1, n, 1] of positions [B, n], which a pass gives as the same object."""
+        for given, place in self._places:
+            if given is positions:
+                return place
+        place = torch.where(positions == EMPTY, self._rows, positions).to("cpu")
+        self._places.append((positions, place[None, :, None, :, None]))
+        return self._places[-1][1]

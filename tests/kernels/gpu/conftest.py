@@ -88,3 +88,12 @@ def seed() -> int:
     torch.manual_seed(number)
     random.seed(number)
     return number
+
+
+@pytest.fixture
+def there(device: torch.device, beside: Any) -> Iterator[Any]:
+    """A CUDA device that is emulated, see `tests/device.py`; its tensors end with the test."""
+    if device.type == "cuda":
+        pytest.skip("emulates what is there")
+    with beside("device.py").emulated_device() as opened:
+        yield opened
