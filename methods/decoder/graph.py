@@ -88,6 +88,7 @@ class Greedy:
         self._tokens = torch.empty(0)
         self._graph: Graph | None = None
         self._captured = torch.empty(0), torch.empty(0)
+        self._single = 0  # steps to take one by one
         self.replayed, self.seconds = 0, 0.0
 
     @torch.inference_mode()
@@ -111,15 +112,17 @@ class Greedy:
         if self._graph is not None and most >= session.period:
             try:
                 session.advance()
-            except KvlabError:  # the step that goes too far will say it
-                self._capture = None
+            except KvlabError:  # thawed, or full: one of the next steps says which
+                self._single = session.period
             else:
                 return self._replay(self._graph)
         self._graph = None  # a period would now begin elsewhere
+        self._single = max(0, self._single - 1)
         return self._step().unsqueeze(0)
 
     def _pays(self, most: int) -> bool:
-        return self._capture is not None and most >= LEAST * self._session.period
+        enough = most >= LEAST * self._session.period
+        return self._capture is not None and enough and not self._single
 
     def _step(self) -> Tensor:
         self._logits = self._session.step(self._tokens)

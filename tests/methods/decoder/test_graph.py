@@ -271,6 +271,18 @@ def test_a_frozen_session_that_is_thawed_is_as_before(name: str) -> None:
             assert (one.positions != EMPTY).any()
 
 
+@pytest.mark.parametrize("name", ["full", "h2o"])
+def test_a_session_that_others_thaw_is_captured_anew(emulated: Any, name: str) -> None:
+    ours, theirs = (started(made("grouped"), EQUAL, METHODS[name], NEW) for _ in range(2))
+    replaying, eager = Greedy(ours, emulated), Greedy(theirs, None)
+    assert torch.equal(take(replaying, 12), take(eager, 12))
+    replayed = replaying.replayed
+    ours.thaw()
+    assert torch.equal(take(replaying, 12), take(eager, 12))
+    alike(ours, theirs)
+    assert replaying.replayed > replayed > 0
+
+
 def test_a_cache_that_was_saved_goes_on(emulated: Any) -> None:
     """What a replay leaves in a cache is what another one can go on from."""
     for name in ("full", "h2o", "snapkv"):
