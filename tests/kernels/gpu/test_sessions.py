@@ -86,8 +86,8 @@ def by_kernels(device: torch.device) -> Iterator[None]:
         return
     asked = choice.fused
     with pytest.MonkeyPatch.context() as patch:
-        for module in list(sys.modules.values()):
-            if getattr(module, "fused", None) is asked:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("kvlab.") and vars(module).get("fused") is asked:
                 patch.setattr(module, "fused", lambda x: True)
         yield
 
